@@ -1,0 +1,124 @@
+"""Which backend serves a call, and why.
+
+The choice is a pure question about a `Problem`, which is built from metadata alone: it works on
+fake tensors and inside torch.compile, and `explain` gives the same answer as the call itself.
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One call of a primitive, without its data."""
+
+    primitive: str
+    rank: int
+    shapes: tuple[tuple[str, tuple[int, ...]], ...]
+    dtype: torch.dtype
+    device: str
+    channels_last: bool
+    needs_grad: bool
+    exporting: bool
+
+    @classmethod
+    def of(cls, primitive: str, input: Tensor, **others: Tensor | None) -> "Problem":
+        tensors = {"input": input} | {k: t for k, t in others.items() if t is not None}
+        return cls(
+            primitive=primitive,
+            rank=input.dim() - 2,
+            shapes=tuple((name, tuple(t.shape)) for name, t in tensors.items()),
+            dtype=input.dtype,
+            device=input.device.type,
+            channels_last=is_channels_last(input),
+            needs_grad=torch.is_grad_enabled() and any(t.requires_grad for t in tensors.values()),
+            exporting=torch.compiler.is_exporting(),
+        )
+
+
+@dataclass(frozen=True)
+class Backend:
+    """One way of computing. `supports` answers None for yes, and a text for why not."""
+
+    name: str
+    supports: Callable[[Problem], str | None]
+    functions: dict[str, Callable[..., Tensor]]
+
+
+# In order of preference: the first that supports a problem serves it.
+BACKENDS: list[Backend] = []
+_forced: list[str] = []
+
+
+def register_backend(backend: Backend) -> None:
+    """Adds a backend before all others (the reference is registered first, so it comes last)."""
+    BACKENDS.insert(0, backend)
+
+
+def backends() -> list[str]:
+    """Names of the registered backends, the preferred one first."""
+    return [b.name for b in BACKENDS]
+
+
+@contextmanager
+def backend(name: str) -> Iterator[None]:
+    """Forces one backend inside the `with` block; a call that it cannot serve raises.
+
+    >>> with dynaconv.backend("reference"):
+    ...     y = layer(x)
+    """
+    if name not in backends():
+        raise ValueError(f"backend {name!r} does not exist; there are {backends()}")
+    _forced.append(name)
+    try:
+        yield
+    finally:
+        _forced.pop()
+
+
+def reason_against(candidate: Backend, problem: Problem) -> str | None:
+    """None where the backend serves the problem, otherwise why not."""
+    if problem.primitive not in candidate.functions:
+        return f"has no {problem.primitive}"
+    if _forced and candidate.name != _forced[-1]:
+        return f"dynaconv.backend({_forced[-1]!r}) is in force"
+    return candidate.supports(problem)
+
+
+def choose(problem: Problem) -> Callable[..., Tensor]:
+    """The function of the first backend that serves the problem.
+
+    RuntimeError: none does; the text gives each backend's reason.
+    """
+    for candidate in BACKENDS:
+        if reason_against(candidate, problem) is None:
+            return candidate.functions[problem.primitive]
+    raise RuntimeError(f"no backend serves this call\n{report(problem)}")
+
+
+def report(problem: Problem) -> str:
+    """One line a backend: chosen, not needed, or why not."""
+    lines, chosen = [], False
+    for candidate in BACKENDS:
+        why = reason_against(candidate, problem)
+        verdict = why or ("not needed: an earlier one serves" if chosen else "chosen")
+        chosen = chosen or why is None
+        lines.append(f"  {candidate.name}: {verdict}")
+    shapes = ", ".join(f"{name} {shape}" for name, shape in problem.shapes)
+    head = f"{problem.primitive}: {shapes}, {problem.dtype}, {problem.device}"
+    return "\n".join([head, *lines])
+
+
+def is_channels_last(input: Tensor) -> bool:
+    """Whether the channels are the fastest-moving dimension in memory (2-D and 3-D)."""
+    if input.dim() == 4:
+        format = torch.channels_last
+    elif input.dim() == 5:
+        format = torch.channels_last_3d
+    else:
+        return False
+    return input.is_contiguous(memory_format=format) and not input.is_contiguous()

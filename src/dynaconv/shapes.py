@@ -1,0 +1,88 @@
+"""Sizes, strides and paddings of n-d convolution: the arithmetic that every primitive shares."""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch.nn.functional as F
+from torch import Tensor
+
+IntOrTuple = int | Sequence[int]
+Padding = int | Sequence[int] | str
+
+
+class Geometry(NamedTuple):
+    """How a kernel moves over the input; every field has one entry a dimension."""
+
+    kernel: tuple[int, ...]
+    stride: tuple[int, ...]
+    padding: tuple[int, ...]
+    dilation: tuple[int, ...]
+
+    def output_size(self, size: Sequence[int]) -> tuple[int, ...]:
+        """Spatial shape of the output for an input of spatial shape `size`."""
+        return tuple(
+            (length + 2 * p - d * (k - 1) - 1) // s + 1
+            for length, k, s, p, d in zip(
+                size, self.kernel, self.stride, self.padding, self.dilation, strict=True
+            )
+        )
+
+
+def ntuple(value: IntOrTuple, rank: int, name: str, minimum: int = 1) -> tuple[int, ...]:
+    """`value` once a dimension: 3 -> (3, 3) at rank 2. ValueError names `name`."""
+    values = (value,) * rank if isinstance(value, int) else tuple(value)
+    if len(values) == 1:
+        values = values * rank
+    if len(values) != rank:
+        raise ValueError(f"{name}={value!r} has {len(values)} entries; give 1 or {rank}")
+    if any(isinstance(v, bool) or not isinstance(v, int) for v in values):
+        raise TypeError(f"{name}={value!r} must be int or a tuple of {rank} ints")
+    if any(v < minimum for v in values):
+        raise ValueError(f"{name}={value!r} must be at least {minimum}")
+    return values
+
+
+def same_padding(
+    kernel: Sequence[int], dilation: Sequence[int]
+) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Zeros before and after each dimension for an output as long as the input."""
+    total = [d * (k - 1) for k, d in zip(kernel, dilation, strict=True)]
+    return tuple(t // 2 for t in total), tuple(t - t // 2 for t in total)
+
+
+def check_padding(padding: Padding, stride: tuple[int, ...], rank: int) -> tuple[int, ...] | str:
+    """`padding` as a tuple, or the words "same" and "valid" as they are."""
+    if not isinstance(padding, str):
+        return ntuple(padding, rank, "padding", minimum=0)
+    if padding not in ("same", "valid"):
+        raise ValueError(f"padding={padding!r}; the words are 'same' and 'valid'")
+    if padding == "same" and any(s != 1 for s in stride):
+        raise ValueError(f"padding='same' needs stride 1, got stride={stride}")
+    return padding
+
+
+def resolve_padding(
+    input: Tensor,
+    kernel: tuple[int, ...],
+    stride: IntOrTuple,
+    padding: Padding,
+    dilation: IntOrTuple,
+) -> tuple[Tensor, Geometry]:
+    """Everything as tuples, with padding the same on both sides.
+
+    An even kernel under "same" needs one zero more after than before, as in
+    torch.nn.functional.conv2d: that zero is added to the input here.
+    """
+    rank = len(kernel)
+    stride = ntuple(stride, rank, "stride")
+    dilation = ntuple(dilation, rank, "dilation")
+    resolved = check_padding(padding, stride, rank)
+    if resolved == "valid":
+        resolved = (0,) * rank
+    if resolved == "same":
+        before, after = same_padding(kernel, dilation)
+        extra = [0, 0] * rank
+        extra[1::2] = [b - a for a, b in zip(reversed(before), reversed(after), strict=True)]
+        input = F.pad(input, extra) if any(extra) else input
+        resolved = before
+    return input, Geometry(kernel, stride, tuple(resolved), dilation)  # type: ignore[arg-type]
