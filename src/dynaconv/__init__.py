@@ -1,6 +1,29 @@
 """Dynamic convolution for PyTorch: 1-D, 2-D and 3-D convolution whose kernel follows the input."""
 
 from dynaconv import backends as _backends
-from dynaconv import functional
+from dynaconv import functional, layers
+from dynaconv.analyze import analyze
+from dynaconv.anneal import anneal, parameter_groups
+from dynaconv.convert import convert, select
+from dynaconv.dispatch import backend, backends, explain
+from dynaconv.layers import *
+from dynaconv.masking import mask_from_sizes
+from dynaconv.registry import families, register_family
 
-__all__ = ["functional"]
+__version__ = "0.1.0"
+__all__ = [
+    "analyze",
+    "anneal",
+    "backend",
+    "backends",
+    "convert",
+    "explain",
+    "families",
+    "functional",
+    "layers",
+    "mask_from_sizes",
+    "parameter_groups",
+    "register_family",
+    "select",
+    *layers.__all__,
+]

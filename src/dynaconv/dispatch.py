@@ -4,9 +4,11 @@ The choice is a pure question about a `Problem`, which is built from metadata al
 fake tensors and inside torch.compile, and `explain` gives the same answer as the call itself.
 """
 
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -52,6 +54,7 @@ class Backend:
 # In order of preference: the first that supports a problem serves it.
 BACKENDS: list[Backend] = []
 _forced: list[str] = []
+_watched: list[list[Problem]] = []
 
 
 def register_backend(backend: Backend) -> None:
@@ -94,6 +97,8 @@ def choose(problem: Problem) -> Callable[..., Tensor]:
 
     RuntimeError: none does; the text gives each backend's reason.
     """
+    for problems in _watched:
+        problems.append(problem)
     for candidate in BACKENDS:
         if reason_against(candidate, problem) is None:
             return candidate.functions[problem.primitive]
@@ -111,6 +116,25 @@ def report(problem: Problem) -> str:
     shapes = ", ".join(f"{name} {shape}" for name, shape in problem.shapes)
     head = f"{problem.primitive}: {shapes}, {problem.dtype}, {problem.device}"
     return "\n".join([head, *lines])
+
+
+def explain(call: Callable, *args: Any, **kwargs: Any) -> str:
+    """Which backend serves each primitive in `call(*args, **kwargs)`, and why.
+
+    `call` is a primitive, a layer or a whole model; it is run once.
+
+    >>> print(dynaconv.explain(dynaconv.functional.conv_per_sample, x, weight))
+    """
+    problems: list[Problem] = []
+    _watched.append(problems)
+    try:
+        call(*args, **kwargs)
+    finally:
+        _watched.pop()
+    if not problems:
+        return "no primitive of dynaconv was called"
+    counts = Counter(report(problem) for problem in problems)
+    return "\n".join(f"{text}\n  ({n} calls)" if n > 1 else text for text, n in counts.items())
 
 
 def is_channels_last(input: Tensor) -> bool:

@@ -1,0 +1,135 @@
+"""Parameters and multiply-accumulates of a model, by layer, beside static convolutions."""
+
+from dataclasses import dataclass
+from math import prod
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from dynaconv.layers.base import CONVS, DynamicConv
+
+
+@dataclass(frozen=True)
+class Row:
+    """One layer. `static_*` is the nn.ConvNd of the same arguments (the same for a static one)."""
+
+    name: str
+    kind: str
+    parameters: int
+    static_parameters: int
+    generation_macs: int
+    convolution_macs: int
+    static_macs: int
+
+    @property
+    def macs(self) -> int:
+        return self.generation_macs + self.convolution_macs
+
+
+@dataclass(frozen=True)
+class Analysis:
+    """What `analyze` found: `rows` by layer, totals of the whole model."""
+
+    rows: list[Row]
+    parameters: int
+    macs: int
+    static_parameters: int
+    static_macs: int
+
+    def __str__(self) -> str:
+        head = ("layer", "kind", "parameters", "static", "MACs", "generation", "static")
+        body = [
+            (r.name, r.kind, r.parameters, r.static_parameters, r.macs, r.generation_macs)
+            + (r.static_macs,)
+            for r in self.rows
+        ]
+        generation = sum(r.generation_macs for r in self.rows)
+        total = ("total (with all else)", "", self.parameters, self.static_parameters)
+        body.append((*total, self.macs, generation, self.static_macs))
+        cells = [head] + [
+            tuple(f"{c:,}" if isinstance(c, int) else c for c in line) for line in body
+        ]
+        widths = [max(len(line[i]) for line in cells) for i in range(len(head))]
+        pad = lambda i, c: c.ljust(widths[i]) if i < 2 else c.rjust(widths[i])
+        return "\n".join("  ".join(pad(i, c) for i, c in enumerate(line)) for line in cells)
+
+
+def analyze(model: nn.Module, *inputs: Tensor, **kwargs: Any) -> Analysis:
+    """Counts what one call `model(*inputs)` costs, in evaluation mode.
+
+    MACs are those of convolutions and matrix products for the whole batch: making the kernels
+    (routing, attention, offsets), mixing them, and convolving. Elementwise work is not counted.
+
+        print(dynaconv.analyze(model, torch.randn(1, 3, 224, 224)))
+    """
+    layers = {
+        name: module
+        for name, module in model.named_modules()
+        if isinstance(module, (DynamicConv, *CONVS.values())) and not _inside_dynamic(model, name)
+    }
+    sizes: dict[str, int] = {}
+    hooks = [
+        module.register_forward_hook(
+            lambda _, __, output, name=name: sizes.__setitem__(
+                name, sizes.get(name, 0) + output.numel()
+            )
+        )
+        for name, module in layers.items()
+    ]
+    training = {module: module.training for module in model.modules()}
+    counter = FlopCounterMode(display=False)
+    try:
+        with torch.no_grad(), counter:
+            model.eval()(*inputs, **kwargs)
+    finally:
+        for hook in hooks:
+            hook.remove()
+        for module, mode in training.items():
+            module.training = mode
+    counts = {
+        name: sum(ops.values()) // 2 for name, ops in counter.get_flop_counts().items()
+    }
+    root = type(model).__name__
+    rows = [
+        _row(name, module, counts, f"{root}.{name}" if name else root, sizes[name])
+        for name, module in layers.items()
+        if name in sizes
+    ]
+    parameters, macs = _parameters(model), counter.get_total_flops() // 2
+    return Analysis(
+        rows,
+        parameters,
+        macs,
+        parameters + sum(r.static_parameters - r.parameters for r in rows),
+        macs + sum(r.static_macs - r.macs for r in rows),
+    )
+
+
+def _row(name: str, layer: nn.Module, counts: dict[str, int], key: str, size: int) -> Row:
+    """One layer's row; `size` is the number of its output's elements."""
+    window: int = layer.in_channels // layer.groups * prod(layer.kernel_size)  # type: ignore
+    static = window * layer.out_channels + (layer.out_channels if layer.bias is not None else 0)  # type: ignore
+    total = counts.get(key, 0)
+    convolving = getattr(layer, "convolving", ())
+    generation = sum(
+        counts.get(f"{key}.{child}", 0)
+        for child, _ in layer.named_children()
+        if child not in convolving
+    )
+    kind = type(layer).__name__
+    parameters = _parameters(layer)
+    return Row(name, kind, parameters, static, generation, total - generation, window * size)
+
+
+def _inside_dynamic(model: nn.Module, name: str) -> bool:
+    """Whether a part of the dotted name before the last is a dynamic layer."""
+    parts = name.split(".")
+    return any(
+        isinstance(model.get_submodule(".".join(parts[:i])), DynamicConv) for i in range(len(parts))
+    ) if name else False
+
+
+def _parameters(module: nn.Module) -> int:
+    return sum(p.numel() for p in module.parameters())

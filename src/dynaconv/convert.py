@@ -1,0 +1,196 @@
+"""Swaps the convolutions of a model for dynamic ones; weights and function are kept."""
+
+import copy
+import re
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+from torch import nn
+from torch.nn.modules.conv import _ConvTransposeNd
+from torch.nn.parameter import is_lazy
+from torch.nn.utils import parametrize
+
+from dynaconv.layers.base import CONVS, DynamicConv
+from dynaconv.registry import Family, family
+from dynaconv.shapes import IntOrTuple, ntuple
+
+Where = Callable[[str, nn.Module], bool]
+HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+
+
+@dataclass
+class Report:
+    """What `convert` did: the names it converted, and those it kept with the reason."""
+
+    family: str
+    converted: list[str] = field(default_factory=list)
+    kept: list[tuple[str, str]] = field(default_factory=list)
+    parameters: tuple[int, int] = (0, 0)
+
+    def __str__(self) -> str:
+        before, after = self.parameters
+        lines = [
+            f"{len(self.converted)} convolutions became {self.family}, {len(self.kept)} were kept; "
+            f"parameters {before:,} -> {after:,}"
+        ]
+        lines += [f"  {name or '(the model)'}: {self.family}" for name in self.converted]
+        lines += [f"  {name or '(the model)'}: kept, {reason}" for name, reason in self.kept]
+        return "\n".join(lines)
+
+
+class Conversion(NamedTuple):
+    """The converted model and the report."""
+
+    model: nn.Module
+    report: Report
+
+
+def convert(
+    model: nn.Module,
+    to: str,
+    where: Where | str | None = None,
+    *,
+    inplace: bool = False,
+    exact: bool = True,
+    **options: Any,
+) -> Conversion:
+    """Replaces nn.Conv1d/2d/3d in `model` by layers of a family.
+
+        model, report = dynaconv.convert(model, to="odconv", where=r"layer[34]")
+
+    Args:
+        model: any module; a convolution itself too.
+        to: the family's name, see `dynaconv.families()`.
+        where: which convolutions: a function of (name, module), a regular expression that is
+            searched in the name, `dynaconv.select(...)`, or None for all.
+        inplace: changes `model` itself instead of a copy.
+        exact: keeps convolutions that the family cannot start from with the same function.
+            False swaps those too, with fresh weights.
+        **options: the family's own, e.g. experts=4.
+
+    Returns:
+        The model and a report of what was converted, and what was kept and why.
+
+    Raises:
+        ValueError: no such family, or not one convolution was converted; the text says why.
+        TypeError: an option that the family does not have.
+    """
+    target = family(to)
+    chosen = select(name=where) if isinstance(where, str) else where or (lambda name, module: True)
+    model = model if inplace else copy.deepcopy(model)
+    report = Report(to)
+    before = _count(model)
+    swapped: dict[nn.Module, nn.Module] = {}
+    for name, module in list(_convolutions(model)):
+        reason = _reason_against(module, target)
+        if module in swapped:
+            report.converted.append(name)
+        elif reason or not chosen(name, module):
+            report.kept.append((name, reason or "not selected by `where`"))
+            continue
+        else:
+            try:
+                swapped[module] = _replacement(module, target, exact, options)
+            except ValueError as error:
+                report.kept.append((name, str(error)))
+                continue
+            report.converted.append(name)
+        model = _put(model, name, swapped[module])
+    report.parameters = (before, _count(model))
+    if not report.converted:
+        raise ValueError(f"no convolution was converted\n{report}")
+    return Conversion(model, report)
+
+
+def select(
+    name: str | None = None,
+    kernel_size: IntOrTuple | None = None,
+    type: type[nn.Module] | tuple[type[nn.Module], ...] | None = None,
+    stage: str | Sequence[str] | None = None,
+    min_channels: int = 0,
+) -> Where:
+    """A `where` for `convert`: convolutions that fit every condition given.
+
+    Args:
+        name: a regular expression searched in the dotted name.
+        kernel_size: this kernel, an int for all dimensions.
+        type: an instance of this class.
+        stage: one part of the dotted name, or several: "layer4" fits "backbone.layer4.0.conv1".
+        min_channels: at least so many input and output channels.
+    """
+    pattern = re.compile(name or "")
+    stages = {stage} if isinstance(stage, str) else set(stage or ())
+
+    def where(dotted: str, module: nn.Module) -> bool:
+        kernel = module.kernel_size
+        return bool(
+            pattern.search(dotted)
+            and (
+                kernel_size is None or kernel == ntuple(kernel_size, len(kernel), "kernel_size")  # type: ignore[arg-type]
+            )
+            and (type is None or isinstance(module, type))
+            and (not stages or stages & set(dotted.split(".")))
+            and min(module.in_channels, module.out_channels) >= min_channels  # type: ignore[type-var]
+        )
+
+    return where
+
+
+def _convolutions(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """Every name of every convolution outside of dynamic layers, shared ones repeated."""
+    inside: tuple[str, ...] = ()
+    for name, module in model.named_modules(remove_duplicate=False):
+        if name.startswith(inside):
+            continue
+        if isinstance(module, DynamicConv):
+            inside += (f"{name}.",)
+        if isinstance(module, (*CONVS.values(), _ConvTransposeNd)):
+            yield name, module
+
+
+def _reason_against(module: nn.Module, target: Family) -> str | None:
+    """Why this convolution cannot be replaced whatever the family's options, or None."""
+    if isinstance(module, _ConvTransposeNd):
+        return f"{target.name} has no transposed form"
+    rank = next(rank for rank, conv in CONVS.items() if isinstance(module, conv))
+    if rank not in target.classes:
+        return f"{target.name} exists in {target.ranks} dimensions"
+    base = CONVS[rank]
+    kind = type(module)
+    own = [f for f in ("forward", "_conv_forward") if getattr(kind, f) is not getattr(base, f)]
+    if own:
+        return f"{kind.__name__} has a {own[0]} of its own"
+    if any(is_lazy(p) for p in module.parameters()):
+        return "its lazy parameters have no shape yet; run the model once"
+    if parametrize.is_parametrized(module):
+        return "its weight is parametrized"
+    if any(getattr(module, hooks) for hooks in HOOKS):
+        return "it has hooks, which would be lost"
+    return None
+
+
+def _replacement(
+    conv: nn.Module, target: Family, exact: bool, options: dict[str, Any]
+) -> DynamicConv:
+    rank = next(rank for rank, kind in CONVS.items() if isinstance(conv, kind))
+    cls = target.classes[rank]
+    try:
+        return cls.from_conv(conv, **options)
+    except ValueError:
+        if exact:
+            raise
+        return cls.like(conv, **options)
+
+
+def _put(model: nn.Module, name: str, layer: nn.Module) -> nn.Module:
+    """The model with `layer` at `name`; the layer itself where the model was the convolution."""
+    if not name:
+        return layer
+    parent, _, child = name.rpartition(".")
+    setattr(model.get_submodule(parent), child, layer)
+    return model
+
+
+def _count(model: nn.Module) -> int:
+    return sum(p.numel() for p in model.parameters())

@@ -1,0 +1,65 @@
+"""Attention over pooled features, and a batch norm that bears one value and padding."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from dynaconv.masking import masked_mean
+
+
+class SafeBatchNorm(_BatchNorm):
+    """Batch norm over (N, C, *L) that works where nn.BatchNorm cannot.
+
+    One value a channel has no variance: nn.BatchNorm then raises, or turns the features into its
+    bias. Here the running statistics serve. With a mask, statistics are those of real positions.
+    Keys and, otherwise, results are those of nn.BatchNormNd.
+    """
+
+    def _check_input_dim(self, input: Tensor) -> None:
+        """Any number of dimensions from (N, C) on."""
+
+    def forward(self, input: Tensor, mask: Tensor | None = None) -> Tensor:
+        if not self.training:
+            return super().forward(input)
+        if input.numel() // input.shape[1] <= 1:
+            return F.batch_norm(
+                input, self.running_mean, self.running_var, self.weight, self.bias, eps=self.eps
+            )
+        if mask is None:
+            return super().forward(input)
+        return self._masked(input, mask)
+
+    def _masked(self, input: Tensor, mask: Tensor) -> Tensor:
+        """Training mode over the real positions; mask (N, *L)."""
+        real = mask.unsqueeze(1)
+        over = [d for d in range(input.dim()) if d != 1]
+        count = real.sum().clamp(min=1).to(input.dtype)
+        shape = (1, -1, *[1] * (input.dim() - 2))
+        mean = input.masked_fill(~real, 0).sum(over) / count
+        centred = input - mean.reshape(shape)
+        variance = centred.masked_fill(~real, 0).square().sum(over) / count
+        if self.track_running_stats:
+            with torch.no_grad():
+                unbiased = variance * count / (count - 1).clamp(min=1)
+                self.num_batches_tracked.add_(1)  # type: ignore[union-attr]
+                self.running_mean.lerp_(mean.to(self.running_mean.dtype), self.momentum)  # type: ignore
+                self.running_var.lerp_(unbiased.to(self.running_var.dtype), self.momentum)  # type: ignore
+        output = centred * (variance + self.eps).rsqrt().reshape(shape)
+        return output * self.weight.reshape(shape) + self.bias.reshape(shape)
+
+
+class Squeeze(nn.Module):
+    """What a sample is about: relu(norm(fc(mean(x)))), (N, C, *L) -> (N, hidden).
+
+    The mean is over real positions. Without `norm`, fc stands alone, as in Dynamic Convolution.
+    """
+
+    def __init__(self, channels: int, hidden: int, norm: bool = False) -> None:
+        super().__init__()
+        self.fc = nn.Linear(channels, hidden, bias=False)
+        self.bn = SafeBatchNorm(hidden) if norm else None
+
+    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
+        hidden = self.fc(masked_mean(x, mask))
+        return F.relu(hidden if self.bn is None else self.bn(hidden))

@@ -1,0 +1,279 @@
+"""What every dynamic convolution shares: the arguments of nn.ConvNd, masks, conversion."""
+
+import inspect
+import math
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any, ClassVar, Self
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from dynaconv import masking
+from dynaconv.shapes import Geometry, IntOrTuple, Padding, check_padding, ntuple, same_padding
+
+CONVS: dict[int, type[nn.Module]] = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
+PADDING_MODES = {"zeros": "constant", "reflect": "reflect", "replicate": "replicate"}
+PADDING_MODES["circular"] = "circular"
+
+
+class DynamicConv(nn.Module):
+    """A convolution whose kernel follows its input: a generator over one primitive.
+
+    A family defines `build` (its parameters, its options as keywords), `generate` (the dynamic
+    quantity, from the input), `convolve` (the primitive's call) and `init_from` (an exact start
+    from a trained static convolution); `samples` gives small configurations for its tests.
+
+    Args:
+        in_channels, out_channels, kernel_size, stride, padding, dilation, groups, bias,
+        padding_mode, device, dtype: as in torch.nn.ConvNd, in that order.
+        **options: the family's own.
+
+    Shapes:
+        input (N, C_in, *L) or (C_in, *L), padding_mask (N, *L) bool, True where real;
+        output (N, C_out, *L_out) or (C_out, *L_out).
+    """
+
+    rank: ClassVar[int]
+    family: ClassVar[str]
+    # Options under which a layer can start as a given static convolution.
+    exact_options: ClassVar[dict[str, Any]] = {}
+    # Learning-rate factors of submodules or parameters that the paper trains slower.
+    lr_factors: ClassVar[dict[str, float]] = {}
+    # Submodules whose cost is the convolution itself, not the making of its kernel.
+    convolving: ClassVar[tuple[str, ...]] = ()
+
+    weight: nn.Parameter
+    bias: nn.Parameter | None
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel_size: IntOrTuple,
+        stride: IntOrTuple = 1,
+        padding: Padding = 0,
+        dilation: IntOrTuple = 1,
+        groups: int = 1,
+        bias: bool = True,
+        padding_mode: str = "zeros",
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        **options: Any,
+    ) -> None:
+        super().__init__()
+        _check_channels(in_channels, out_channels, groups)
+        if padding_mode not in PADDING_MODES:
+            raise ValueError(f"padding_mode={padding_mode!r}; choose from {list(PADDING_MODES)}")
+        _check_options(type(self), options)
+        self.in_channels, self.out_channels, self.groups = in_channels, out_channels, groups
+        self.kernel_size = ntuple(kernel_size, self.rank, "kernel_size")
+        self.stride = ntuple(stride, self.rank, "stride")
+        self.dilation = ntuple(dilation, self.rank, "dilation")
+        self.padding = check_padding(padding, self.stride, self.rank)
+        self.padding_mode = padding_mode
+        self.options = options
+        self.register_parameter("bias", None)
+        if bias:
+            self.bias = nn.Parameter(self.initial_bias((out_channels,)))
+        self.build(**options)
+        self.to(device=device, dtype=dtype)
+
+    # What a family defines -----------------------------------------------------------------
+
+    def build(self) -> None:
+        """Makes the family's parameters; its keyword arguments are the family's options."""
+        raise NotImplementedError
+
+    def generate(self, x: Tensor, mask: Tensor | None) -> dict[str, Tensor]:
+        """The dynamic quantities by name, from x (N, C_in, *L), zero where mask is False."""
+        raise NotImplementedError
+
+    def convolve(self, x: Tensor, **dynamic: Tensor) -> Tensor:
+        """The family's primitive with what `generate` made."""
+        raise NotImplementedError
+
+    def init_from(self, conv: nn.Module) -> None:
+        """Takes over a static convolution's function (its bias is copied already).
+
+        ValueError says why that cannot be.
+        """
+        raise ValueError(f"{self.family} cannot express a static convolution")
+
+    @classmethod
+    def samples(cls, rank: int) -> list[dict[str, Any]]:
+        """Small constructor arguments that cover the family's options."""
+        return [{"in_channels": 4, "out_channels": 6, "kernel_size": 3, "padding": 1}]
+
+    # What a user calls ---------------------------------------------------------------------
+
+    def forward(self, input: Tensor, padding_mask: Tensor | None = None) -> Tensor:
+        x, mask = self.prepare(input, padding_mask)
+        output = self.compute(x, mask)
+        return output if input.dim() == x.dim() else output.squeeze(0)
+
+    def kernels(self, input: Tensor, padding_mask: Tensor | None = None) -> dict[str, Tensor]:
+        """What the input made of the kernel, by name: coefficients, offsets, weights ..."""
+        return self.generate(*self.prepare(input, padding_mask))
+
+    @classmethod
+    def like(cls, conv: nn.Module, **options: Any) -> Self:
+        """A fresh layer with the arguments of `conv` (an nn.ConvNd); its weights are not used."""
+        if not isinstance(conv, CONVS[cls.rank]):
+            raise ValueError(f"{cls.__name__} replaces nn.Conv{cls.rank}d, got {type(conv)}")
+        names = ("in_channels", "out_channels", "kernel_size", "stride", "padding", "dilation")
+        arguments = {name: getattr(conv, name) for name in (*names, "groups", "padding_mode")}
+        arguments |= {"device": conv.weight.device, "dtype": conv.weight.dtype}
+        layer = cls(**arguments, bias=conv.bias is not None, **options)  # type: ignore[arg-type]
+        return layer.train(conv.training)
+
+    @classmethod
+    def from_conv(cls, conv: nn.Module, **options: Any) -> Self:
+        """A layer that computes what the trained `conv` computes, until it is trained further.
+
+        Raises:
+            ValueError: the family cannot express this convolution; the text says why.
+        """
+        layer = cls.like(conv, **(cls.exact_options | options))
+        with torch.no_grad():
+            if layer.bias is not None:
+                layer.bias.copy_(conv.bias)  # type: ignore[arg-type]
+            layer.init_from(conv)
+        return layer
+
+    def output_mask(self, padding_mask: Tensor) -> Tensor:
+        """The padding mask (N, *L_out) of the output: what each sample has when alone."""
+        if self.padding == "same":
+            return padding_mask
+        return masking.output_mask(padding_mask, self.geometry())
+
+    # What families use ---------------------------------------------------------------------
+
+    def compute(self, x: Tensor, mask: Tensor | None) -> Tensor:
+        """From the prepared input to the output."""
+        return self.convolve(x, **self.generate(x, mask))
+
+    def prepare(
+        self, input: Tensor, padding_mask: Tensor | None = None
+    ) -> tuple[Tensor, Tensor | None]:
+        """Checks the input, adds the batch dimension, and zeroes what is not real."""
+        wanted = f"({self.in_channels}, *L) or (N, {self.in_channels}, *L)"
+        if input.dim() - self.rank not in (1, 2) or input.shape[-1 - self.rank] != self.in_channels:
+            raise ValueError(
+                f"{type(self).__name__}: input has shape {tuple(input.shape)}; "
+                f"give {wanted} with {self.rank} sizes in L"
+            )
+        x = input if input.dim() == self.rank + 2 else input.unsqueeze(0)
+        if padding_mask is None:
+            return x, None
+        if self.padding_mode != "zeros":
+            raise ValueError(
+                f"padding_mask goes with padding_mode='zeros'; with {self.padding_mode!r} a sample "
+                "would see its padding, not its own border"
+            )
+        mask = padding_mask if padding_mask.dim() == self.rank + 1 else padding_mask.unsqueeze(0)
+        masking.check_mask(mask, x)
+        return x.masked_fill(~mask.unsqueeze(1), 0), mask
+
+    def pad(self, x: Tensor) -> tuple[Tensor, Padding]:
+        """x padded by padding_mode, and the padding that is left to the primitive."""
+        if self.padding_mode == "zeros":
+            return x, self.padding
+        if isinstance(self.padding, str):
+            zeros = (0,) * self.rank
+            before, after = (
+                same_padding(self.kernel_size, self.dilation)
+                if self.padding == "same"
+                else (zeros, zeros)
+            )
+        else:
+            before = after = self.padding
+        widths = [w for pair in zip(reversed(before), reversed(after), strict=True) for w in pair]
+        return F.pad(x, widths, mode=PADDING_MODES[self.padding_mode]), 0
+
+    def geometry(self) -> Geometry:
+        """Kernel, stride, padding and dilation as tuples ("same" of an odd kernel included)."""
+        padding: tuple[int, ...] = (0,) * self.rank
+        if self.padding == "same":
+            padding = same_padding(self.kernel_size, self.dilation)[0]
+        elif not isinstance(self.padding, str):
+            padding = self.padding
+        return Geometry(self.kernel_size, self.stride, padding, self.dilation)
+
+    def kernel_shape(self) -> tuple[int, ...]:
+        """The shape of a static kernel: (C_out, C_in / groups, *K)."""
+        return (self.out_channels, self.in_channels // self.groups, *self.kernel_size)
+
+    def initial_kernels(self, count: int | None = None) -> Tensor:
+        """Fresh kernels as nn.ConvNd draws them, (count, C_out, C_in / groups, *K), or just one."""
+        bound = 1 / math.sqrt(math.prod(self.kernel_shape()[1:]))
+        shape = self.kernel_shape() if count is None else (count, *self.kernel_shape())
+        return torch.empty(shape).uniform_(-bound, bound)
+
+    def initial_bias(self, shape: tuple[int, ...]) -> Tensor:
+        """A fresh bias as nn.ConvNd draws it."""
+        bound = 1 / math.sqrt(math.prod(self.kernel_shape()[1:]))
+        return torch.empty(shape).uniform_(-bound, bound)
+
+    def extra_repr(self) -> str:
+        parts = [f"{self.in_channels}, {self.out_channels}, kernel_size={self.kernel_size}"]
+        defaults = {
+            "stride": (1,) * self.rank,
+            "padding": (0,) * self.rank,
+            "dilation": (1,) * self.rank,
+            "groups": 1,
+            "padding_mode": "zeros",
+        }
+        parts += [
+            f"{name}={getattr(self, name)!r}"
+            for name, default in defaults.items()
+            if getattr(self, name) != default
+        ]
+        parts += ["bias=False"] if self.bias is None else []
+        parts += [f"{name}={value!r}" for name, value in self.options.items()]
+        return ", ".join(parts)
+
+
+def _check_channels(in_channels: int, out_channels: int, groups: int) -> None:
+    for name, value in (
+        ("in_channels", in_channels),
+        ("out_channels", out_channels),
+        ("groups", groups),
+    ):
+        if isinstance(value, bool) or not isinstance(value, int):
+            raise TypeError(f"{name}={value!r} must be an int")
+        if value < 1:
+            raise ValueError(f"{name}={value} must be at least 1")
+    for name, value in (("in_channels", in_channels), ("out_channels", out_channels)):
+        if value % groups:
+            raise ValueError(f"{name}={value} is not divisible by groups={groups}")
+
+
+def _check_options(cls: type[DynamicConv], options: dict[str, Any]) -> None:
+    """TypeError for an option that the family does not have, naming those it has."""
+    known = [p for p in inspect.signature(cls.build).parameters if p != "self"]
+    for name in options:
+        if name not in known:
+            has = ", ".join(known) or "none"
+            raise TypeError(f"{cls.__name__} has no option {name!r}; its options: {has}")
+
+
+def without_autocast(device: str) -> AbstractContextManager:
+    """Autocast off; nothing to do on devices that have none."""
+    if torch.amp.is_autocast_available(device):
+        return torch.autocast(device, enabled=False)
+    return nullcontext()
+
+
+def at_least(minimum: float, **values: float) -> None:
+    """ValueError unless every value is at least `minimum`."""
+    for name, value in values.items():
+        if value < minimum:
+            raise ValueError(f"{name}={value} must be at least {minimum}")
+
+
+def positive(**values: float) -> None:
+    """ValueError unless every value is above 0."""
+    for name, value in values.items():
+        if not value > 0:
+            raise ValueError(f"{name}={value} must be above 0")

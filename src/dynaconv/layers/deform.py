@@ -1,0 +1,136 @@
+"""Deformable convolution, v1 (Dai, ICCV 2017) and modulated v2 (Zhu, CVPR 2019)."""
+
+from math import prod
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from dynaconv.functional import deform_conv
+from dynaconv.layers.base import CONVS, DynamicConv, at_least, positive, without_autocast
+from dynaconv.registry import register_family
+
+
+class _Deform(DynamicConv):
+    """Offsets (and modulation) from a convolution of the input, zero at the start."""
+
+    modulated: bool
+    lr_factors = {"offset_conv": 0.1}
+
+    def build(self, offset_groups: int = 1, offset_bound: float | None = None) -> None:
+        at_least(1, offset_groups=offset_groups)
+        if self.in_channels % offset_groups:
+            raise ValueError(
+                f"offset_groups={offset_groups} does not divide in_channels={self.in_channels}"
+            )
+        if offset_bound is not None:
+            positive(offset_bound=offset_bound)
+        self.offset_groups, self.offset_bound = offset_groups, offset_bound
+        self.weight = nn.Parameter(self.initial_kernels())
+        taps = offset_groups * prod(self.kernel_size)
+        self.offset_channels = taps * self.rank
+        self.offset_conv = CONVS[self.rank](
+            self.in_channels,
+            self.offset_channels + (taps if self.modulated else 0),
+            self.kernel_size,
+            self.stride,
+            self.padding,
+            self.dilation,
+            padding_mode=self.padding_mode,
+        )
+        nn.init.zeros_(self.offset_conv.weight)
+        nn.init.zeros_(self.offset_conv.bias)
+
+    def generate(self, x: Tensor, mask: Tensor | None) -> dict[str, Tensor]:
+        # Positions need more digits than half precision has: no autocast here.
+        with without_autocast(x.device.type):
+            made = self.offset_conv(x.to(self.offset_conv.weight.dtype))
+        offset = made[:, : self.offset_channels]
+        if self.offset_bound is not None:
+            offset = self.offset_bound * torch.tanh(offset / self.offset_bound)
+        if not self.modulated:
+            return {"offset": offset}
+        return {"offset": offset, "modulation": self.modulate(made[:, self.offset_channels :])}
+
+    def modulate(self, logits: Tensor) -> Tensor:
+        raise NotImplementedError
+
+    def convolve(  # type: ignore[override]
+        self, x: Tensor, offset: Tensor, modulation: Tensor | None = None
+    ) -> Tensor:
+        if modulation is not None:
+            modulation = modulation.to(x.dtype)
+        x, padding = self.pad(x)
+        geometry = (self.stride, padding, self.dilation, self.groups)
+        return deform_conv(x, offset, self.weight, self.bias, *geometry, modulation=modulation)
+
+    def init_from(self, conv: nn.Module) -> None:
+        self.weight.copy_(conv.weight)  # type: ignore[arg-type]
+
+    @classmethod
+    def samples(cls, rank: int) -> list[dict[str, Any]]:
+        return [
+            {"in_channels": 4, "out_channels": 6, "kernel_size": 3, "padding": 1},
+            {
+                "in_channels": 4,
+                "out_channels": 4,
+                "kernel_size": 2,
+                "groups": 2,
+                "bias": False,
+                "offset_groups": 2,
+                "offset_bound": 2.0,
+            },
+        ]
+
+
+@register_family("deform", primitive="deform_conv", paper="Dai et al., ICCV 2017")
+class DeformConv(_Deform):
+    """Each tap samples the input at an offset that follows the features there.
+
+        offset = offset_conv(x),    y[p] = b + sum_k W[k] x(p + k + offset[k, p])
+
+    offset_conv has the layer's own geometry and starts at zero, so training starts from a plain
+    convolution; the paper trains it ten times slower (`dynaconv.parameter_groups`).
+
+    Args:
+        offset_groups: groups of input channels with offsets of their own.
+        offset_bound: no offset beyond this many positions (tanh); None leaves them free.
+    """
+
+    modulated = False
+
+
+@register_family("deform_v2", primitive="deform_conv", paper="Zhu et al., CVPR 2019")
+class ModulatedDeformConv(_Deform):
+    """Each tap samples at an offset and is weighted by a modulation, both from the features.
+
+        offset, m = split(offset_conv(x)),    y[p] = b + sum_k W[k] g sigmoid(m[k, p]) x(p + k + offset[k, p])
+
+    As published g = 1, so that the modulation starts at 1/2; `from_conv` takes g = 2, with which
+    it starts at 1. Offsets start at zero and train ten times slower (`dynaconv.parameter_groups`).
+
+    Args:
+        offset_groups: groups of input channels with offsets and modulation of their own.
+        offset_bound: no offset beyond this many positions (tanh); None leaves them free.
+        gate_scale: g.
+    """
+
+    modulated = True
+    exact_options = {"gate_scale": 2.0}
+
+    def build(
+        self,
+        offset_groups: int = 1,
+        offset_bound: float | None = None,
+        gate_scale: float = 1.0,
+    ) -> None:
+        positive(gate_scale=gate_scale)
+        self.gate_scale = gate_scale
+        super().build(offset_groups, offset_bound)
+
+    def modulate(self, logits: Tensor) -> Tensor:
+        return self.gate_scale * torch.sigmoid(logits)
+
+    def init_from(self, conv: nn.Module) -> None:
+        """Offsets zero; the modulation's start g / 2 is divided out of the kernel."""
+        self.weight.copy_(conv.weight * (2 / self.gate_scale))  # type: ignore[operator]

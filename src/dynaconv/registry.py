@@ -1,0 +1,87 @@
+"""The one list of families. Everything that runs over all of them reads it from here."""
+
+import inspect
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib.metadata import entry_points
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from dynaconv.layers.base import DynamicConv
+
+ENTRY_POINTS = "dynaconv.families"
+_families: dict[str, "Family"] = {}
+_outside_loaded = False
+
+
+@dataclass(frozen=True)
+class Family:
+    """One published kind of dynamic convolution and its classes by rank."""
+
+    name: str
+    primitive: str
+    paper: str
+    summary: str
+    classes: dict[int, type["DynamicConv"]]
+
+    @property
+    def ranks(self) -> tuple[int, ...]:
+        return tuple(self.classes)
+
+
+def register_family(
+    name: str, *, primitive: str, paper: str, ranks: tuple[int, ...] = (1, 2, 3)
+) -> Callable[[type["DynamicConv"]], type["DynamicConv"]]:
+    """Class decorator: makes Name1d, Name2d, Name3d beside the class, and enrols the family.
+
+    Args:
+        name: what `dynaconv.convert(to=...)` and the command line call it.
+        primitive: the function of `dynaconv.functional` that it computes with.
+        paper: authors, venue and year.
+        ranks: the dimensions in which the family exists.
+    """
+
+    def enrol(cls: type["DynamicConv"]) -> type["DynamicConv"]:
+        if name in _families:
+            raise ValueError(f"family {name!r} is registered already, by {_families[name]}")
+        cls.family = name
+        classes = {rank: _at_rank(cls, rank) for rank in ranks}
+        summary = (inspect.getdoc(cls) or "").split("\n")[0]
+        _families[name] = Family(name, primitive, paper, summary, classes)
+        return cls
+
+    return enrol
+
+
+def _at_rank(cls: type["DynamicConv"], rank: int) -> type["DynamicConv"]:
+    """cls with its number of dimensions fixed, placed in the module of cls."""
+    name = f"{cls.__name__}{rank}d"
+    doc = f"{rank}-D :class:`{cls.__name__}`.\n\n{inspect.getdoc(cls) or ''}"
+    body = {"rank": rank, "__doc__": doc, "__module__": cls.__module__, "__qualname__": name}
+    made = type(name, (cls,), body)
+    setattr(sys.modules[cls.__module__], name, made)
+    return made
+
+
+def families() -> dict[str, Family]:
+    """All families by name, those of other packages (entry points) included."""
+    global _outside_loaded
+    if not _outside_loaded:
+        _outside_loaded = True
+        for entry in entry_points(group=ENTRY_POINTS):
+            entry.load()
+    return dict(_families)
+
+
+def names() -> list[str]:
+    """The families' names, in order of registration."""
+    return list(families())
+
+
+def family(name: str) -> Family:
+    """The family called `name`. ValueError lists the names there are."""
+    known = families()
+    if name not in known:
+        raise ValueError(f"family {name!r} does not exist; there are {', '.join(known)}")
+    return known[name]
