@@ -19,12 +19,10 @@ def conv_per_sample(
     input: Tensor, weight: Tensor, bias: Tensor | None, geometry: Geometry, groups: int
 ) -> Tensor:
     """y[n, o, p] = b[n, o] + sum_{c, k} weight[n, o, c, k] * window[n, c, k, p]."""
-    taps = prod(geometry.kernel)
     window, size = windows(input, geometry)
-    window = window.unflatten(1, (groups, -1))
+    columns = window.flatten(2 + len(size)).flatten(2, -2).unflatten(1, (groups, -1))
     kernel = weight.flatten(3).unflatten(1, (groups, -1))
-    output = torch.einsum("ngock,ngckp->ngop", kernel, window.reshape(*window.shape[:3], taps, -1))
-    output = output.flatten(1, 2)
+    output = torch.einsum("ngock,ngckp->ngop", kernel, columns).flatten(1, 2)
     if bias is not None:
         output = output + bias.unsqueeze(-1)
     return output.unflatten(2, size)

@@ -191,6 +191,12 @@ class DynamicConv(nn.Module):
         widths = [w for pair in zip(reversed(before), reversed(after), strict=True) for w in pair]
         return F.pad(x, widths, mode=PADDING_MODES[self.padding_mode]), 0
 
+    def add_bias(self, output: Tensor) -> Tensor:
+        """output + bias[channel], for primitives without a bias of their own."""
+        if self.bias is None:
+            return output
+        return output + self.bias.to(output.dtype).unflatten(0, (-1, *[1] * self.rank))
+
     def geometry(self) -> Geometry:
         """Kernel, stride, padding and dilation as tuples ("same" of an odd kernel included)."""
         padding: tuple[int, ...] = (0,) * self.rank

@@ -10,12 +10,8 @@ from torch import Tensor, nn
 from dynaconv.functional import conv_per_position
 from dynaconv.layers.attention import SafeBatchNorm
 from dynaconv.layers.base import CONVS, DynamicConv, at_least
-from dynaconv.masking import output_mask
 from dynaconv.registry import register_family
-from dynaconv.shapes import Geometry, same_padding
-
-POOLS = {1: F.avg_pool1d, 2: F.avg_pool2d, 3: F.avg_pool3d}
-
+from dynaconv.shapes import same_padding
 
 @register_family("involution", primitive="conv_per_position", paper="Li et al., CVPR 2021")
 class Involution(DynamicConv):
@@ -60,29 +56,21 @@ class Involution(DynamicConv):
     def convolve(self, x: Tensor, weight: Tensor) -> Tensor:  # type: ignore[override]
         x = x if self.project is None else self.project(x)
         x, padding = self.pad(x)
-        output = conv_per_position(x, weight, self.stride, padding, self.dilation)
-        if self.bias is not None:
-            output = output + self.bias.unflatten(0, (-1, *[1] * self.rank))
-        return output
+        return self.add_bias(conv_per_position(x, weight, self.stride, padding, self.dilation))
 
     def _at_centres(self, x: Tensor, mask: Tensor | None) -> Tensor:
-        """The mean of each stride cell, laid so that cell p starts at window p's centre."""
+        """The mean of x over each stride cell; cell p starts at the centre of window p."""
         before, after = same_padding(self.kernel_size, self.dilation)
         given = (before, after) if self.padding == "same" else (self.geometry().padding,) * 2
-        shift = [
-            given[side][d] - (before, after)[side][d]
-            for d in reversed(range(self.rank))
-            for side in (0, 1)
-        ]
-        x = F.pad(x, shift) if any(shift) else x
-        if max(self.stride) == 1:
+        widths = []
+        for d in reversed(range(self.rank)):
+            start, end = given[0][d] - before[d], given[1][d] - after[d]
+            widths += [start, end + -(x.shape[2 + d] + start + end) % self.stride[d]]
+        if not any(widths) and max(self.stride) == 1:
             return x
-        pooled = POOLS[self.rank](x, self.stride, self.stride, ceil_mode=True)
-        if mask is None:
-            return pooled
-        real = F.pad(mask.unsqueeze(1).to(x.dtype), shift)
-        share = POOLS[self.rank](real, self.stride, self.stride, ceil_mode=True)
-        return pooled / share.clamp(min=torch.finfo(x.dtype).tiny)
+        real = x.new_ones(1, *x.shape[2:]) if mask is None else mask.to(x.dtype)
+        count = _cell_sums(F.pad(real.unsqueeze(1), widths), self.stride)
+        return _cell_sums(F.pad(x, widths), self.stride) / count.clamp(min=1)
 
     def init_from(self, conv: nn.Module) -> None:
         """A depthwise kernel becomes the generator's bias."""
@@ -102,6 +90,13 @@ class Involution(DynamicConv):
             {"in_channels": 4, "out_channels": 6, "kernel_size": 3, "padding": 2, "stride": 2},
             {"in_channels": 4, "out_channels": 4, "kernel_size": 3, "groups": 4, "bias": False},
         ]
+
+
+def _cell_sums(x: Tensor, cell: tuple[int, ...]) -> Tensor:
+    """Sums over cells: (N, C, *L) -> (N, C, *L / cell)."""
+    for d, size in enumerate(cell):
+        x = x.unflatten(2 + d, (-1, size)).sum(3 + d)
+    return x
 
 
 def _largest_divisor(channels: int, limit: int) -> int:

@@ -110,13 +110,12 @@ class SelectiveKernelConv(DynamicConv):
 
     def compute(self, x: Tensor, mask: Tensor | None) -> Tensor:
         outputs = self.branch_outputs(x, mask)
-        shares = self.attention(outputs, mask).unflatten(2, (-1, *[1] * self.rank)).unbind(1)
-        output = torch.zeros_like(outputs[0])
-        for share, branch in zip(shares, outputs, strict=True):
-            output = torch.addcmul(output, share, branch)
-        if self.bias is not None:
-            output = output + self.bias.unflatten(0, (-1, *[1] * self.rank))
-        return output
+        shares = self.attention(outputs, mask).to(outputs[0].dtype)
+        shares = shares.unflatten(2, (-1, *[1] * self.rank))
+        output = shares[:, 0] * outputs[0]
+        for b in range(1, len(outputs)):
+            output = torch.addcmul(output, shares[:, b], outputs[b])
+        return self.add_bias(output)
 
     def init_from(self, conv: nn.Module) -> None:
         """Equal shares 1 / B of B times the kernel in the smallest branch, zero in the others."""
