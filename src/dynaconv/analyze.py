@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from dynaconv.layers.base import CONVS, DynamicConv
+from dynaconv.layers.base import ConvNd, DynamicConv
 
 
 @dataclass(frozen=True)
@@ -41,8 +41,10 @@ class Analysis:
     def __str__(self) -> str:
         head = ("layer", "kind", "parameters", "static", "MACs", "generation", "static")
         body = [
-            (r.name, r.kind, r.parameters, r.static_parameters, r.macs, r.generation_macs)
-            + (r.static_macs,)
+            (
+                *(r.name, r.kind, r.parameters, r.static_parameters),
+                *(r.macs, r.generation_macs, r.static_macs),
+            )
             for r in self.rows
         ]
         generation = sum(r.generation_macs for r in self.rows)
@@ -67,7 +69,7 @@ def analyze(model: nn.Module, *inputs: Tensor, **kwargs: Any) -> Analysis:
     layers = {
         name: module
         for name, module in model.named_modules()
-        if isinstance(module, (DynamicConv, *CONVS.values())) and not _inside_dynamic(model, name)
+        if isinstance(module, DynamicConv | ConvNd) and not _inside_dynamic(model, name)
     }
     sizes: dict[str, int] = {}
     hooks = [
@@ -88,9 +90,7 @@ def analyze(model: nn.Module, *inputs: Tensor, **kwargs: Any) -> Analysis:
             hook.remove()
         for module, mode in training.items():
             module.training = mode
-    counts = {
-        name: sum(ops.values()) // 2 for name, ops in counter.get_flop_counts().items()
-    }
+    counts = {name: sum(ops.values()) // 2 for name, ops in counter.get_flop_counts().items()}
     root = type(model).__name__
     rows = [
         _row(name, module, counts, f"{root}.{name}" if name else root, sizes[name])
@@ -107,10 +107,12 @@ def analyze(model: nn.Module, *inputs: Tensor, **kwargs: Any) -> Analysis:
     )
 
 
-def _row(name: str, layer: nn.Module, counts: dict[str, int], key: str, size: int) -> Row:
+def _row(
+    name: str, layer: DynamicConv | ConvNd, counts: dict[str, int], key: str, size: int
+) -> Row:
     """One layer's row; `size` is the number of its output's elements."""
-    window: int = layer.in_channels // layer.groups * prod(layer.kernel_size)  # type: ignore
-    static = window * layer.out_channels + (layer.out_channels if layer.bias is not None else 0)  # type: ignore
+    window = layer.in_channels // layer.groups * prod(layer.kernel_size)
+    static = layer.out_channels * (window + (layer.bias is not None))
     total = counts.get(key, 0)
     convolving = getattr(layer, "convolving", ())
     generation = sum(
@@ -126,9 +128,14 @@ def _row(name: str, layer: nn.Module, counts: dict[str, int], key: str, size: in
 def _inside_dynamic(model: nn.Module, name: str) -> bool:
     """Whether a part of the dotted name before the last is a dynamic layer."""
     parts = name.split(".")
-    return any(
-        isinstance(model.get_submodule(".".join(parts[:i])), DynamicConv) for i in range(len(parts))
-    ) if name else False
+    return (
+        any(
+            isinstance(model.get_submodule(".".join(parts[:i])), DynamicConv)
+            for i in range(len(parts))
+        )
+        if name
+        else False
+    )
 
 
 def _parameters(module: nn.Module) -> int:

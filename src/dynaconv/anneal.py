@@ -32,7 +32,7 @@ def anneal(model: nn.Module, progress: float, start: float = 30.0, end: float = 
     temperature = start + (end - start) * min(float(progress), 1.0)
     for module in model.modules():
         if isinstance(module, DynamicConv) and hasattr(module, "temperature"):
-            module.temperature.fill_(temperature)  # type: ignore[union-attr, operator]
+            module.temperature.fill_(temperature)  # type: ignore[operator]
     return temperature
 
 
@@ -43,7 +43,7 @@ def parameter_groups(model: nn.Module, lr: float) -> list[dict[str, Any]]:
 
     Offset branches of deformable layers, for instance, train at a tenth of the rate.
     """
-    slower = {}
+    slower: dict[nn.Parameter, float] = {}
     for module in model.modules():
         if isinstance(module, DynamicConv):
             for prefix, factor in module.lr_factors.items():

@@ -9,7 +9,7 @@ AssertionError with what was found. `CHECKS` lists them; a family is covered by 
 import copy
 import inspect
 import io
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from dynaconv.dispatch import backend, backends
-from dynaconv.layers.base import CONVS, DynamicConv
+from dynaconv.layers.base import ConvNd, DynamicConv, conv_nd
 from dynaconv.masking import mask_from_sizes, sizes_from_mask
 from dynaconv.registry import family
 
@@ -68,9 +68,9 @@ def static_arguments(arguments: Arguments) -> Arguments:
     return {name: value for name, value in arguments.items() if name in known}
 
 
-def static_conv(cls: type[DynamicConv], arguments: Arguments) -> nn.Module:
+def static_conv(cls: type[DynamicConv], arguments: Arguments) -> ConvNd:
     """The nn.ConvNd of the same arguments, in float64."""
-    return CONVS[cls.rank](**static_arguments(arguments)).double()
+    return conv_nd(cls.rank, **static_arguments(arguments)).double()
 
 
 def close(actual: Tensor, expected: Tensor, what: str, tolerance: float = 1e-9) -> None:
@@ -87,6 +87,13 @@ def close(actual: Tensor, expected: Tensor, what: str, tolerance: float = 1e-9) 
 def require(condition: object, what: str) -> None:
     if not condition:
         raise AssertionError(what)
+
+
+def _crop(x: Tensor, size: Sequence[int]) -> Tensor:
+    """The first `size` positions of each spatial dimension."""
+    for d, length in enumerate(size):
+        x = x.narrow(2 + d, 0, length)
+    return x
 
 
 # Checks ------------------------------------------------------------------------------------
@@ -123,10 +130,16 @@ def check_backends(cls: type[DynamicConv], arguments: Arguments) -> None:
         with backend(name):
             x = x.detach().requires_grad_()
             output = layer(x)
-            results[name] = (output, *torch.autograd.grad(output.sin().sum(), [x, layer_weight(layer)]))
+            results[name] = (
+                output,
+                *torch.autograd.grad(output.sin().sum(), [x, layer_weight(layer)]),
+            )
     for name, tensors in results.items():
         for what, tensor, expected in zip(
-            ("output", "input gradient", "weight gradient"), tensors, results["reference"], strict=True
+            ("output", "input gradient", "weight gradient"),
+            tensors,
+            results["reference"],
+            strict=True,
         ):
             close(tensor, expected, f"{cls.__name__} {what} on backend {name}")
 
@@ -145,12 +158,12 @@ def check_padding_promise(cls: type[DynamicConv], arguments: Arguments) -> None:
     x = x.masked_fill(~mask.unsqueeze(1), 1e3)  # what lies in the padding must not matter
     output, out_sizes = layer(x, mask), sizes_from_mask(layer.output_mask(mask))
     for n, size in enumerate(sizes.tolist()):
-        alone = layer(x[n : n + 1][(..., *[slice(s) for s in size])])
+        alone = layer(_crop(x[n : n + 1], size))
         require(
             list(alone.shape[2:]) == out_sizes[n].tolist(),
             f"{cls.__name__}: output_mask says {out_sizes[n].tolist()}, alone {alone.shape}",
         )
-        real = output[n : n + 1][(..., *[slice(s) for s in alone.shape[2:]])]
+        real = _crop(output[n : n + 1], alone.shape[2:])
         close(real, alone, f"{cls.__name__}, sample {n} in a padded batch")
 
 
@@ -167,8 +180,8 @@ def check_from_conv(cls: type[DynamicConv], arguments: Arguments) -> None:
             require(len(str(error)) > 20, f"{cls.__name__}: a refusal without a reason: {error}")
             continue
         for mode in (True, False):
-            output = layer.train(mode)(x[:, : conv.in_channels])  # type: ignore[misc]
-            close(output, conv(x[:, : conv.in_channels]), f"{cls.__name__}.from_conv")  # type: ignore[misc]
+            output = layer.train(mode)(x[:, : conv.in_channels])
+            close(output, conv(x[:, : conv.in_channels]), f"{cls.__name__}.from_conv")
 
 
 def check_batch_independence(cls: type[DynamicConv], arguments: Arguments) -> None:
@@ -287,7 +300,7 @@ def check_refusals(cls: type[DynamicConv], arguments: Arguments) -> None:
         (TypeError, "has no option", lambda: cls(**arguments, no_such_option=1)),
         (ValueError, "groups", lambda: cls(**arguments | {"in_channels": 5, "groups": 2})),
         (ValueError, "stride", lambda: cls(**arguments | {"stride": 0})),
-        (ValueError, "replaces", lambda: cls.from_conv(nn.Linear(2, 2))),
+        (ValueError, "replaces", lambda: cls.from_conv(nn.Linear(2, 2))),  # type: ignore[arg-type]
     ]
     for error, text, call in refused:
         try:

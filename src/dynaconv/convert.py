@@ -11,11 +11,11 @@ from torch.nn.modules.conv import _ConvTransposeNd
 from torch.nn.parameter import is_lazy
 from torch.nn.utils import parametrize
 
-from dynaconv.layers.base import CONVS, DynamicConv
+from dynaconv.layers.base import CONVS, ConvNd, DynamicConv
 from dynaconv.registry import Family, family
 from dynaconv.shapes import IntOrTuple, ntuple
 
-Where = Callable[[str, nn.Module], bool]
+Where = Callable[[str, ConvNd], bool]
 HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 
@@ -122,22 +122,20 @@ def select(
     pattern = re.compile(name or "")
     stages = {stage} if isinstance(stage, str) else set(stage or ())
 
-    def where(dotted: str, module: nn.Module) -> bool:
+    def where(dotted: str, module: ConvNd) -> bool:
         kernel = module.kernel_size
         return bool(
             pattern.search(dotted)
-            and (
-                kernel_size is None or kernel == ntuple(kernel_size, len(kernel), "kernel_size")  # type: ignore[arg-type]
-            )
+            and (kernel_size is None or kernel == ntuple(kernel_size, len(kernel), "kernel_size"))
             and (type is None or isinstance(module, type))
             and (not stages or stages & set(dotted.split(".")))
-            and min(module.in_channels, module.out_channels) >= min_channels  # type: ignore[type-var]
+            and min(module.in_channels, module.out_channels) >= min_channels
         )
 
     return where
 
 
-def _convolutions(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+def _convolutions(model: nn.Module) -> Iterator[tuple[str, ConvNd]]:
     """Every name of every convolution outside of dynamic layers, shared ones repeated."""
     inside: tuple[str, ...] = ()
     for name, module in model.named_modules(remove_duplicate=False):
@@ -145,11 +143,11 @@ def _convolutions(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
             continue
         if isinstance(module, DynamicConv):
             inside += (f"{name}.",)
-        if isinstance(module, (*CONVS.values(), _ConvTransposeNd)):
+        if isinstance(module, ConvNd):
             yield name, module
 
 
-def _reason_against(module: nn.Module, target: Family) -> str | None:
+def _reason_against(module: ConvNd, target: Family) -> str | None:
     """Why this convolution cannot be replaced whatever the family's options, or None."""
     if isinstance(module, _ConvTransposeNd):
         return f"{target.name} has no transposed form"
@@ -170,9 +168,7 @@ def _reason_against(module: nn.Module, target: Family) -> str | None:
     return None
 
 
-def _replacement(
-    conv: nn.Module, target: Family, exact: bool, options: dict[str, Any]
-) -> DynamicConv:
+def _replacement(conv: ConvNd, target: Family, exact: bool, options: dict[str, Any]) -> DynamicConv:
     rank = next(rank for rank, kind in CONVS.items() if isinstance(conv, kind))
     cls = target.classes[rank]
     try:
@@ -193,4 +189,4 @@ def _put(model: nn.Module, name: str, layer: nn.Module) -> nn.Module:
 
 
 def _count(model: nn.Module) -> int:
-    return sum(p.numel() for p in model.parameters())
+    return sum(p.numel() for p in model.parameters() if not is_lazy(p))

@@ -100,9 +100,7 @@ def tap_positions(
 ) -> list[Tensor]:
     """Where each tap lies without offset: for each dimension, broadcastable to (taps, *L_out)."""
     rank = len(size)
-    taps = torch.meshgrid(
-        *[torch.arange(k, device=device) for k in geometry.kernel], indexing="ij"
-    )
+    taps = torch.meshgrid(*[torch.arange(k, device=device) for k in geometry.kernel], indexing="ij")
     positions = []
     for d in range(rank):
         start = torch.arange(size[d], device=device) * geometry.stride[d] - geometry.padding[d]

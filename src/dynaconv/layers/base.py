@@ -8,11 +8,12 @@ from typing import Any, ClassVar, Self
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.modules.conv import _ConvNd as ConvNd
 
 from dynaconv import masking
 from dynaconv.shapes import Geometry, IntOrTuple, Padding, check_padding, ntuple, same_padding
 
-CONVS: dict[int, type[nn.Module]] = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
+CONVS: dict[int, type[ConvNd]] = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
 PADDING_MODES = {"zeros": "constant", "reflect": "reflect", "replicate": "replicate"}
 PADDING_MODES["circular"] = "circular"
 
@@ -93,7 +94,7 @@ class DynamicConv(nn.Module):
         """The family's primitive with what `generate` made."""
         raise NotImplementedError
 
-    def init_from(self, conv: nn.Module) -> None:
+    def init_from(self, conv: ConvNd) -> None:
         """Takes over a static convolution's function (its bias is copied already).
 
         ValueError says why that cannot be.
@@ -117,18 +118,18 @@ class DynamicConv(nn.Module):
         return self.generate(*self.prepare(input, padding_mask))
 
     @classmethod
-    def like(cls, conv: nn.Module, **options: Any) -> Self:
+    def like(cls, conv: ConvNd, **options: Any) -> Self:
         """A fresh layer with the arguments of `conv` (an nn.ConvNd); its weights are not used."""
         if not isinstance(conv, CONVS[cls.rank]):
             raise ValueError(f"{cls.__name__} replaces nn.Conv{cls.rank}d, got {type(conv)}")
         names = ("in_channels", "out_channels", "kernel_size", "stride", "padding", "dilation")
         arguments = {name: getattr(conv, name) for name in (*names, "groups", "padding_mode")}
         arguments |= {"device": conv.weight.device, "dtype": conv.weight.dtype}
-        layer = cls(**arguments, bias=conv.bias is not None, **options)  # type: ignore[arg-type]
+        layer = cls(**arguments, bias=conv.bias is not None, **options)
         return layer.train(conv.training)
 
     @classmethod
-    def from_conv(cls, conv: nn.Module, **options: Any) -> Self:
+    def from_conv(cls, conv: ConvNd, **options: Any) -> Self:
         """A layer that computes what the trained `conv` computes, until it is trained further.
 
         Raises:
@@ -136,8 +137,8 @@ class DynamicConv(nn.Module):
         """
         layer = cls.like(conv, **(cls.exact_options | options))
         with torch.no_grad():
-            if layer.bias is not None:
-                layer.bias.copy_(conv.bias)  # type: ignore[arg-type]
+            if layer.bias is not None and conv.bias is not None:
+                layer.bias.copy_(conv.bias)
             layer.init_from(conv)
         return layer
 
@@ -269,6 +270,11 @@ def without_autocast(device: str) -> AbstractContextManager:
     if torch.amp.is_autocast_available(device):
         return torch.autocast(device, enabled=False)
     return nullcontext()
+
+
+def conv_nd(rank: int, *args: Any, **kwargs: Any) -> ConvNd:
+    """nn.Conv1d, nn.Conv2d or nn.Conv3d."""
+    return CONVS[rank](*args, **kwargs)
 
 
 def at_least(minimum: float, **values: float) -> None:

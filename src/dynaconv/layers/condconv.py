@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from dynaconv.functional import conv_mixture
-from dynaconv.layers.base import DynamicConv, at_least
+from dynaconv.layers.base import ConvNd, DynamicConv, at_least
 from dynaconv.masking import masked_mean
 from dynaconv.registry import register_family
 
@@ -38,17 +38,24 @@ class CondConv(DynamicConv):
     def convolve(self, x: Tensor, coefficients: Tensor) -> Tensor:  # type: ignore[override]
         x, padding = self.pad(x)
         return conv_mixture(
-            x, self.weight, coefficients, self.bias, self.stride, padding, self.dilation, self.groups
+            x,
+            self.weight,
+            coefficients,
+            self.bias,
+            self.stride,
+            padding,
+            self.dilation,
+            self.groups,
         )
 
-    def init_from(self, conv: nn.Module) -> None:
+    def init_from(self, conv: ConvNd) -> None:
         """Routing 1/2 for everything; experts 2 W / E + d_e with sum_e d_e = 0.
 
         The d_e (a tenth of W's spread) make the experts differ, so that the routing can learn.
         """
         share = 2 / self.experts
-        noise = torch.randn_like(self.weight) * 0.1 * share * conv.weight.std(correction=0)  # type: ignore
-        self.weight.copy_(share * conv.weight + noise - noise.mean(0))  # type: ignore[operator]
+        noise = torch.randn_like(self.weight) * 0.1 * share * conv.weight.std(correction=0)
+        self.weight.copy_(share * conv.weight + noise - noise.mean(0))
         if self.bias is not None:
             self.bias.mul_(share)
         nn.init.zeros_(self.routing.weight)

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from dynaconv.functional import deform_conv
-from dynaconv.layers.base import CONVS, DynamicConv, at_least, positive, without_autocast
+from dynaconv.layers.base import ConvNd, DynamicConv, at_least, conv_nd, positive, without_autocast
 from dynaconv.registry import register_family
 
 
@@ -29,7 +29,8 @@ class _Deform(DynamicConv):
         self.weight = nn.Parameter(self.initial_kernels())
         taps = offset_groups * prod(self.kernel_size)
         self.offset_channels = taps * self.rank
-        self.offset_conv = CONVS[self.rank](
+        self.offset_conv = conv_nd(
+            self.rank,
             self.in_channels,
             self.offset_channels + (taps if self.modulated else 0),
             self.kernel_size,
@@ -38,8 +39,8 @@ class _Deform(DynamicConv):
             self.dilation,
             padding_mode=self.padding_mode,
         )
-        nn.init.zeros_(self.offset_conv.weight)
-        nn.init.zeros_(self.offset_conv.bias)
+        for parameter in self.offset_conv.parameters():
+            nn.init.zeros_(parameter)
 
     def generate(self, x: Tensor, mask: Tensor | None) -> dict[str, Tensor]:
         # Positions need more digits than half precision has: no autocast here.
@@ -64,8 +65,8 @@ class _Deform(DynamicConv):
         geometry = (self.stride, padding, self.dilation, self.groups)
         return deform_conv(x, offset, self.weight, self.bias, *geometry, modulation=modulation)
 
-    def init_from(self, conv: nn.Module) -> None:
-        self.weight.copy_(conv.weight)  # type: ignore[arg-type]
+    def init_from(self, conv: ConvNd) -> None:
+        self.weight.copy_(conv.weight)
 
     @classmethod
     def samples(cls, rank: int) -> list[dict[str, Any]]:
@@ -104,7 +105,8 @@ class DeformConv(_Deform):
 class ModulatedDeformConv(_Deform):
     """Each tap samples at an offset and is weighted by a modulation, both from the features.
 
-        offset, m = split(offset_conv(x)),    y[p] = b + sum_k W[k] g sigmoid(m[k, p]) x(p + k + offset[k, p])
+        offset, m = split(offset_conv(x))
+        y[p] = b + sum_k W[k] g sigmoid(m[k, p]) x(p + k + offset[k, p])
 
     As published g = 1, so that the modulation starts at 1/2; `from_conv` takes g = 2, with which
     it starts at 1. Offsets start at zero and train ten times slower (`dynaconv.parameter_groups`).
@@ -131,6 +133,6 @@ class ModulatedDeformConv(_Deform):
     def modulate(self, logits: Tensor) -> Tensor:
         return self.gate_scale * torch.sigmoid(logits)
 
-    def init_from(self, conv: nn.Module) -> None:
+    def init_from(self, conv: ConvNd) -> None:
         """Offsets zero; the modulation's start g / 2 is divided out of the kernel."""
-        self.weight.copy_(conv.weight * (2 / self.gate_scale))  # type: ignore[operator]
+        self.weight.copy_(conv.weight * (2 / self.gate_scale))

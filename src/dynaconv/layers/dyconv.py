@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from dynaconv.functional import conv_mixture
 from dynaconv.layers.attention import Squeeze
-from dynaconv.layers.base import DynamicConv, at_least, positive
+from dynaconv.layers.base import ConvNd, DynamicConv, at_least, positive
 from dynaconv.registry import register_family
 
 
@@ -45,12 +45,19 @@ class DyConv(DynamicConv):
     def convolve(self, x: Tensor, coefficients: Tensor) -> Tensor:  # type: ignore[override]
         x, padding = self.pad(x)
         return conv_mixture(
-            x, self.weight, coefficients, self.bias, self.stride, padding, self.dilation, self.groups
+            x,
+            self.weight,
+            coefficients,
+            self.bias,
+            self.stride,
+            padding,
+            self.dilation,
+            self.groups,
         )
 
-    def init_from(self, conv: nn.Module) -> None:
+    def init_from(self, conv: ConvNd) -> None:
         """Every expert a copy: the coefficients sum to 1."""
-        self.weight.copy_(conv.weight)  # type: ignore[arg-type]
+        self.weight.copy_(conv.weight)
 
     @classmethod
     def samples(cls, rank: int) -> list[dict[str, Any]]:

@@ -1,5 +1,6 @@
 """Involution: a kernel per position, shared by channels (Li, CVPR 2021)."""
 
+from functools import partial
 from math import gcd
 from typing import Any
 
@@ -9,9 +10,10 @@ from torch import Tensor, nn
 
 from dynaconv.functional import conv_per_position
 from dynaconv.layers.attention import SafeBatchNorm
-from dynaconv.layers.base import CONVS, DynamicConv, at_least
+from dynaconv.layers.base import ConvNd, DynamicConv, at_least, conv_nd
 from dynaconv.registry import register_family
 from dynaconv.shapes import same_padding
+
 
 @register_family("involution", primitive="conv_per_position", paper="Li et al., CVPR 2021")
 class Involution(DynamicConv):
@@ -31,7 +33,7 @@ class Involution(DynamicConv):
 
     def build(self, group_channels: int = 16, reduction: int = 4) -> None:
         at_least(1, group_channels=group_channels, reduction=reduction)
-        channels, conv = self.out_channels, CONVS[self.rank]
+        channels, conv = self.out_channels, partial(conv_nd, self.rank)
         if self.groups > 1:
             self.kernel_groups = self.groups
         else:
@@ -72,7 +74,7 @@ class Involution(DynamicConv):
         count = _cell_sums(F.pad(real.unsqueeze(1), widths), self.stride)
         return _cell_sums(F.pad(x, widths), self.stride) / count.clamp(min=1)
 
-    def init_from(self, conv: nn.Module) -> None:
+    def init_from(self, conv: ConvNd) -> None:
         """A depthwise kernel becomes the generator's bias."""
         if not self.groups == self.in_channels == self.out_channels:
             raise ValueError(
@@ -81,7 +83,7 @@ class Involution(DynamicConv):
                 f"{self.in_channels} to {self.out_channels} channels"
             )
         nn.init.zeros_(self.span.weight)
-        self.span.bias.copy_(conv.weight.flatten())  # type: ignore[operator]
+        self.span.bias = nn.Parameter(conv.weight.flatten().clone())
 
     @classmethod
     def samples(cls, rank: int) -> list[dict[str, Any]]:

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from dynaconv.functional import conv_mixture, conv_per_sample
 from dynaconv.layers.attention import Squeeze
-from dynaconv.layers.base import DynamicConv, at_least, positive
+from dynaconv.layers.base import ConvNd, DynamicConv, at_least, positive
 from dynaconv.registry import register_family
 
 GATES = ("channel", "filter", "spatial")
@@ -36,6 +36,7 @@ class ODConv(DynamicConv):
     """
 
     exact_options = {"gate_scale": 2.0}
+    kernel_fc: nn.Linear | None
 
     def build(
         self,
@@ -101,13 +102,13 @@ class ODConv(DynamicConv):
             scale = outer if scale is None else scale * outer
         return scale
 
-    def init_from(self, conv: nn.Module) -> None:
+    def init_from(self, conv: ConvNd) -> None:
         """Gates at g sigmoid(0) = g / 2, experts alike; for g = 2 the kernel itself."""
         heads = [h for h in (getattr(self, f"{name}_fc") for name in GATES) if h is not None]
         for head in heads:
             nn.init.zeros_(head.weight)
             nn.init.zeros_(head.bias)
-        self.weight.copy_(conv.weight / (self.gate_scale / 2) ** len(heads))  # type: ignore[operator]
+        self.weight.copy_(conv.weight / (self.gate_scale / 2) ** len(heads))
 
     @classmethod
     def samples(cls, rank: int) -> list[dict[str, Any]]:

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dynaconv.layers.attention import SafeBatchNorm, Squeeze
-from dynaconv.layers.base import CONVS, DynamicConv, at_least, positive
+from dynaconv.layers.base import ConvNd, DynamicConv, at_least, conv_nd, positive
 from dynaconv.registry import register_family
 
 
@@ -54,7 +54,7 @@ class SelectiveKernelConv(DynamicConv):
         self.select = nn.Linear(hidden, branches * self.out_channels, bias=False)
 
     def _branch(self, b: int, dilated: bool) -> nn.Module:
-        """Branch b: the layer's convolution, larger, with the padding that keeps its output size."""
+        """Branch b: larger than the layer's convolution, padded for the same output size."""
         kernel, dilation = self.kernel_size, self.dilation
         grown = tuple(d * (b + 1) for d in dilation) if dilated else dilation
         taps = kernel if dilated else tuple(k + 2 * b for k in kernel)
@@ -75,7 +75,8 @@ class SelectiveKernelConv(DynamicConv):
             )
         else:
             padding = "same"
-        return CONVS[self.rank](
+        return conv_nd(
+            self.rank,
             self.in_channels,
             self.out_channels,
             taps,
@@ -117,7 +118,7 @@ class SelectiveKernelConv(DynamicConv):
             output = torch.addcmul(output, shares[:, b], outputs[b])
         return self.add_bias(output)
 
-    def init_from(self, conv: nn.Module) -> None:
+    def init_from(self, conv: ConvNd) -> None:
         """Equal shares 1 / B of B times the kernel in the smallest branch, zero in the others."""
         if self.branch_norm:
             raise ValueError(
@@ -125,9 +126,10 @@ class SelectiveKernelConv(DynamicConv):
                 "a static convolution has neither"
             )
         nn.init.zeros_(self.select.weight)
-        for branch in self.convs:
-            nn.init.zeros_(branch.weight)  # type: ignore[arg-type]
-        self.convs[0].weight.copy_(conv.weight * len(self.convs))  # type: ignore
+        smallest, *larger = self.convs.parameters()
+        smallest.copy_(conv.weight * len(self.convs))
+        for weight in larger:
+            nn.init.zeros_(weight)
 
     @classmethod
     def samples(cls, rank: int) -> list[dict[str, Any]]:

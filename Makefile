@@ -1,0 +1,41 @@
+# On a fresh machine: `make demo` runs the main job, `make test` passes the tests.
+# Both install everything they need into .venv first.
+PYTHON ?= python3
+VENV ?= .venv
+# The release that the tests run with; e.g. TORCH="torch --index-url https://.../whl/cpu" for another build.
+TORCH ?= torch==2.13.0
+BIN := $(VENV)/bin
+INSTALLED := $(VENV)/.installed
+
+.PHONY: demo test slow lint format bench clean
+
+demo: $(INSTALLED)
+	$(BIN)/dynaconv demo
+
+test: $(INSTALLED)
+	$(BIN)/python -m pytest -m "not slow"
+
+slow: $(INSTALLED)
+	$(BIN)/python -m pytest -m slow
+
+lint: $(INSTALLED)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: $(INSTALLED)
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+bench: $(INSTALLED)
+	for script in benchmarks/conv_*.py benchmarks/deform_conv.py; do $(BIN)/python $$script || exit 1; done
+
+$(INSTALLED): pyproject.toml
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade pip
+	$(BIN)/python -m pip install --quiet $(TORCH)
+	$(BIN)/python -m pip install --quiet --editable ".[app,dev]"
+	touch $@
+
+clean:
+	rm -rf $(VENV) build dist src/*.egg-info

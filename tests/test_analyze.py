@@ -1,0 +1,59 @@
+"""MACs and parameters counted by hand for each family."""
+
+import pytest
+import torch
+from torch import nn
+
+import dynaconv
+
+SIZE = 10 * 12
+STATIC = 8 * 6 * 9 * SIZE
+
+
+def analysis(name, **options):
+    conv = nn.Conv2d(8, 6, 3, padding=1)
+    layer = dynaconv.families()[name].classes[2].like(conv, **options)
+    return dynaconv.analyze(nn.Sequential(layer), torch.randn(1, 8, 10, 12))
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "generation", "mixing"),
+    [
+        ("condconv", {}, 8 * 4, 4 * 8 * 6 * 9 + 4 * 6),
+        ("dyconv", {}, 8 * 3 + 3 * 4, 4 * 8 * 6 * 9 + 4 * 6),
+        ("odconv", {}, 8 * 16 + 16 * (8 + 6 + 9 + 4), 4 * 8 * 6 * 9),
+        ("deform", {}, 8 * 18 * 9 * SIZE, 0),
+        ("deform_v2", {}, 8 * 27 * 9 * SIZE, 0),
+    ],
+)
+def test_macs(name, options, generation, mixing):
+    (row,) = analysis(name, **options).rows
+    assert row.static_macs == STATIC
+    assert row.static_parameters == 8 * 6 * 9 + 6
+    assert row.generation_macs == generation
+    # Mixing and sampling are counted as the backend does them; the convolution is in any case.
+    assert STATIC <= row.convolution_macs <= STATIC + mixing + 10 * 8 * 9 * SIZE * 4
+
+
+def test_selective_kernel_counts_both_branches():
+    (row,) = analysis("selective_kernel").rows
+    assert row.convolution_macs == 2 * STATIC
+    assert row.generation_macs == 6 * 32 + 32 * 12
+
+
+def test_whole_model():
+    model = nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), nn.BatchNorm2d(8), nn.Conv2d(8, 6, 1))
+    x = torch.randn(2, 3, 10, 12)
+    static = dynaconv.analyze(model, x)
+    assert static.macs == static.static_macs == 2 * SIZE * (3 * 8 * 9 + 8 * 6)
+    assert static.parameters == sum(p.numel() for p in model.parameters())
+    model = model.train()
+    converted, _ = dynaconv.convert(model, to="odconv", where="0")
+    result = dynaconv.analyze(converted, x)
+    assert converted.training
+    assert result.static_macs == static.macs
+    assert result.static_parameters == static.parameters
+    assert result.macs > static.macs
+    table = str(result)
+    assert "ODConv2d" in table
+    assert f"{result.macs:,}" in table
