@@ -1,5 +1,6 @@
 """How it is computed. Importing a backend registers it; the last registered is preferred."""
 
-from dynaconv.backends import reference
+from dynaconv.backends import reference  # isort: skip - the last resort comes first
+from dynaconv.backends import eager
 
-__all__ = ["reference"]
+__all__ = ["eager", "reference"]

@@ -1,0 +1,18 @@
+"""Fast ATen: one operator a primitive, whose formulation is chosen by a written cost rule."""
+
+from dynaconv.backends.eager.conv_mixture import conv_mixture
+from dynaconv.backends.eager.conv_per_position import conv_per_position
+from dynaconv.backends.eager.conv_per_sample import conv_per_sample
+from dynaconv.backends.eager.deform_conv import deform_conv
+from dynaconv.dispatch import Backend, Problem, register_backend
+
+
+def supports(problem: Problem) -> str | None:
+    """Everything but export, which wants plain ATen operators."""
+    if problem.exporting:
+        return "torch.export is given plain ATen operators: the reference"
+    return None
+
+
+FUNCTIONS = (conv_per_sample, conv_mixture, conv_per_position, deform_conv)
+register_backend(Backend("eager", supports, {f.__name__: f for f in FUNCTIONS}))

@@ -1,0 +1,193 @@
+"""conv_mixture in ATen: mixes kernels, a few samples at a time, or mixes the experts' outputs.
+
+The cost rule: mixing kernels writes N * C_out * C_in / groups * prod(K) numbers and then convolves
+once; mixing outputs convolves E times. Outputs win where a kernel serves few positions. Kernels are
+mixed for as many samples as fit into CHUNK numbers, so that neither all N mixed kernels nor their
+gradients are ever held: the memory that the usual form needs most.
+"""
+
+from math import prod
+
+import torch
+from torch import Tensor
+
+from dynaconv.backends import reference
+from dynaconv.backends.eager import conv_per_sample as per_sample
+from dynaconv.backends.eager.ops import GEOMETRY, Operator, output_like
+from dynaconv.shapes import Geometry
+
+# Numbers in a chunk of mixed kernels: 32 MB in float32, about a last-level cache.
+CHUNK = 2**23
+# Positions per extra expert below which mixing outputs is cheaper (benchmarks/conv_mixture.py).
+FEW_POSITIONS = 8
+
+Settings = tuple[list[int], list[int], list[int], int]
+
+
+def formulation(weight: Tensor, positions: int, settings: Settings) -> str:
+    """Whether to mix "kernels" or "outputs"."""
+    few = (len(weight) - 1) * positions <= FEW_POSITIONS and settings[3] == 1
+    return "outputs" if few else "kernels"
+
+
+def chunks(weight: Tensor, batch: int) -> list[slice]:
+    """The samples whose mixed kernels are held at a time."""
+    size = max(1, CHUNK // weight[0].numel())
+    return [slice(start, min(start + size, batch)) for start in range(0, batch, size)]
+
+
+def mixed(weight: Tensor, coefficients: Tensor) -> Tensor:
+    """W[n] = sum_e coefficients[n, e] weight[e]."""
+    return (coefficients @ weight.flatten(1)).unflatten(1, weight.shape[1:])
+
+
+# Forward and backward ----------------------------------------------------------------------------
+
+
+def kernels(
+    input: Tensor, weight: Tensor, coefficients: Tensor, bias: Tensor | None, settings: Settings
+) -> Tensor:
+    """Mixes kernels, chunk by chunk, and convolves."""
+    outputs = [
+        per_sample.convolve(
+            input[part],
+            mixed(weight, coefficients[part]),
+            None if bias is None else bias[part],
+            settings,
+        )
+        for part in chunks(weight, len(input))
+    ]
+    return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
+
+
+def kernels_backward(
+    grad: Tensor,
+    input: Tensor,
+    weight: Tensor,
+    coefficients: Tensor,
+    settings: Settings,
+    mask: list[bool],
+) -> list[Tensor | None]:
+    """d coefficients[n, e] = <dW[n], weight[e]> and d weight[e] = sum_n coefficients[n, e] dW[n]."""
+    need_kernel = mask[1] or mask[2]
+    gx, gw, gc = [], torch.zeros_like(weight).flatten(1), []
+    for part in chunks(weight, len(input)):
+        kernel = mixed(weight, coefficients[part])
+        g = per_sample.convolve_backward(
+            grad[part], input[part], kernel, settings, [mask[0], need_kernel]
+        )
+        gx.append(g[0])
+        if mask[1]:
+            gw.addmm_(coefficients[part].t(), g[1].flatten(1))
+        if mask[2]:
+            gc.append(g[1].flatten(1) @ weight.flatten(1).t())
+    return [torch.cat(gx) if mask[0] else None, gw, torch.cat(gc) if mask[2] else None]
+
+
+def outputs(
+    input: Tensor, weight: Tensor, coefficients: Tensor, bias: Tensor | None, settings: Settings
+) -> Tensor:
+    """Convolves with all experts at once and mixes what comes out."""
+    each = per_sample.static(input, weight.flatten(0, 1), settings).unflatten(1, weight.shape[:2])
+    output = torch.bmm(coefficients.unsqueeze(1), each.flatten(2)).reshape(
+        len(input), *each.shape[2:]
+    )
+    return output if bias is None else output + bias.reshape(*bias.shape, *[1] * (input.dim() - 2))
+
+
+def outputs_backward(
+    grad: Tensor,
+    input: Tensor,
+    weight: Tensor,
+    coefficients: Tensor,
+    settings: Settings,
+    mask: list[bool],
+) -> list[Tensor | None]:
+    """One static convolution's gradients, of E * C_out channels scaled by their coefficients."""
+    gx = gw = gc = None
+    if mask[2]:
+        each = per_sample.static(input, weight.flatten(0, 1), settings)
+        each = each.reshape(len(input), len(weight), -1)
+        gc = torch.bmm(each, grad.reshape(len(input), -1, 1)).squeeze(2)
+    if mask[0] or mask[1]:
+        scaled = torch.bmm(coefficients.unsqueeze(2), grad.reshape(len(input), 1, -1))
+        scaled = scaled.reshape(len(input), -1, *grad.shape[2:])
+        gx, gw = per_sample.static_backward(
+            scaled, input, weight.flatten(0, 1), settings, mask[:2]
+        )
+    return [gx, gw, gc]
+
+
+FORMULATIONS = {"kernels": (kernels, kernels_backward), "outputs": (outputs, outputs_backward)}
+
+
+# The operator ------------------------------------------------------------------------------------
+
+
+def _shape(
+    input: Tensor, weight: Tensor, coefficients: Tensor, bias: Tensor | None, *settings: list[int]
+) -> tuple:
+    geometry = Geometry(tuple(weight.shape[3:]), *map(tuple, settings[:3]))  # type: ignore[arg-type]
+    return (len(input), weight.shape[1], *geometry.output_size(input.shape[2:]))
+
+
+def _forward(
+    input: Tensor, weight: Tensor, coefficients: Tensor, bias: Tensor | None, *settings: list[int]
+) -> Tensor:
+    shape = _shape(input, weight, coefficients, bias, *settings)
+    if not input.numel():
+        return output_like(input, shape).zero_()
+    choice = formulation(weight, prod(shape[2:]), settings)  # type: ignore[arg-type]
+    return FORMULATIONS[choice][0](input, weight, coefficients, bias, settings)  # type: ignore[arg-type]
+
+
+def _backward(
+    grad: Tensor,
+    input: Tensor,
+    weight: Tensor,
+    coefficients: Tensor,
+    bias: Tensor | None,
+    *rest: list,
+) -> list[Tensor | None]:
+    *settings, mask = rest
+    gb = grad.flatten(2).sum(2) if mask[3] else None
+    if not any(mask[:3]):
+        return [None, None, None, gb]
+    if not grad.numel() or not input.numel():
+        return [torch.zeros_like(t) for t in (input, weight, coefficients)] + [gb]
+    choice = formulation(weight, prod(grad.shape[2:]), settings)  # type: ignore[arg-type]
+    backward = FORMULATIONS[choice][1]
+    return [*backward(grad, input, weight, coefficients, settings, mask[:3]), gb]  # type: ignore[arg-type]
+
+
+def _reference(
+    input: Tensor, weight: Tensor, coefficients: Tensor, bias: Tensor | None, *settings: list[int]
+) -> Tensor:
+    geometry = Geometry(tuple(weight.shape[3:]), *map(tuple, settings[:3]))  # type: ignore[arg-type]
+    output = reference.conv_mixture(input, weight, coefficients, None, geometry, settings[3])  # type: ignore[arg-type]
+    return output if bias is None else output + bias.reshape(*bias.shape, *[1] * (input.dim() - 2))
+
+
+operator = Operator(
+    "conv_mixture",
+    ("input", "weight", "coefficients", "bias?"),
+    ("weight",),
+    f"{GEOMETRY}, int groups",
+    _forward,
+    _backward,
+    _reference,
+    _shape,
+)
+
+
+def conv_mixture(
+    input: Tensor,
+    weight: Tensor,
+    coefficients: Tensor,
+    bias: Tensor | None,
+    geometry: Geometry,
+    groups: int,
+) -> Tensor:
+    if bias is not None:
+        bias = coefficients @ bias if bias.dim() == 2 else bias.expand(len(input), -1)
+    return operator(input, weight, coefficients, bias, *map(list, geometry[1:]), groups)
