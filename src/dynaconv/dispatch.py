@@ -26,6 +26,7 @@ class Problem:
     channels_last: bool
     needs_grad: bool
     exporting: bool
+    transformed: bool
 
     @classmethod
     def of(cls, primitive: str, input: Tensor, **others: Tensor | None) -> "Problem":
@@ -39,6 +40,7 @@ class Problem:
             channels_last=is_channels_last(input),
             needs_grad=torch.is_grad_enabled() and any(t.requires_grad for t in tensors.values()),
             exporting=torch.compiler.is_exporting(),
+            transformed=under_transform(),
         )
 
 
@@ -137,12 +139,14 @@ def explain(call: Callable, *args: Any, **kwargs: Any) -> str:
     return "\n".join(f"{text}\n  ({n} calls)" if n > 1 else text for text, n in counts.items())
 
 
+def under_transform() -> bool:
+    """Whether torch.func.grad, jvp, jacrev ... is at work (vmap alone is not meant)."""
+    if torch.compiler.is_compiling():
+        return False
+    stack = torch._C._functorch.get_interpreter_stack() or []
+    return any(i.key() != torch._C._functorch.TransformType.Vmap for i in stack)
+
+
 def is_channels_last(input: Tensor) -> bool:
     """Whether the channels are the fastest-moving dimension in memory (2-D and 3-D)."""
-    if input.dim() == 4:
-        format = torch.channels_last
-    elif input.dim() == 5:
-        format = torch.channels_last_3d
-    else:
-        return False
-    return input.is_contiguous(memory_format=format) and not input.is_contiguous()
+    return input.dim() in (4, 5) and input.shape[1] > 1 and input.stride(1) == 1

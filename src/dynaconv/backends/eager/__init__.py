@@ -8,9 +8,11 @@ from dynaconv.dispatch import Backend, Problem, register_backend
 
 
 def supports(problem: Problem) -> str | None:
-    """Everything but export, which wants plain ATen operators."""
+    """Everything but what wants plain ATen operators: export, and torch.func's gradients."""
     if problem.exporting:
         return "torch.export is given plain ATen operators: the reference"
+    if problem.transformed:
+        return "torch.func's gradients go through plain ATen operators: the reference"
     return None
 
 

@@ -6,7 +6,9 @@ mixed for as many samples as fit into CHUNK numbers, so that neither all N mixed
 gradients are ever held: the memory that the usual form needs most.
 """
 
+from collections.abc import Iterator, Sequence
 from math import prod
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,12 +18,14 @@ from dynaconv.backends.eager import conv_per_sample as per_sample
 from dynaconv.backends.eager.ops import GEOMETRY, Operator, output_like
 from dynaconv.shapes import Geometry
 
-# Numbers in a chunk of mixed kernels: 32 MB in float32, about a last-level cache.
-CHUNK = 2**23
+# Numbers in a chunk of mixed kernels: 16 MB in float32, which a last-level cache holds; but at
+# least SHARE samples, so that the experts are not read anew for each.
+CHUNK, SHARE = 2**22, 4
 # Positions per extra expert below which mixing outputs is cheaper (benchmarks/conv_mixture.py).
 FEW_POSITIONS = 8
 
-Settings = tuple[list[int], list[int], list[int], int]
+# stride, padding and dilation as lists, then groups, as the operator gets them.
+Settings = Sequence[Any]
 
 
 def formulation(weight: Tensor, positions: int, settings: Settings) -> str:
@@ -30,15 +34,15 @@ def formulation(weight: Tensor, positions: int, settings: Settings) -> str:
     return "outputs" if few else "kernels"
 
 
-def chunks(weight: Tensor, batch: int) -> list[slice]:
-    """The samples whose mixed kernels are held at a time."""
-    size = max(1, CHUNK // weight[0].numel())
-    return [slice(start, min(start + size, batch)) for start in range(0, batch, size)]
-
-
-def mixed(weight: Tensor, coefficients: Tensor) -> Tensor:
-    """W[n] = sum_e coefficients[n, e] weight[e]."""
-    return (coefficients @ weight.flatten(1)).unflatten(1, weight.shape[1:])
+def mixed_kernels(weight: Tensor, coefficients: Tensor) -> Iterator[tuple[slice, Tensor]]:
+    """W[n] = sum_e coefficients[n, e] weight[e] for a few samples at a time, in one buffer."""
+    batch, experts = coefficients.shape[0], weight.flatten(1)
+    size = min(batch, max(SHARE, CHUNK // experts.shape[1]))
+    buffer = experts.new_empty(size, experts.shape[1])
+    for start in range(0, batch, size):
+        part = slice(start, min(start + size, batch))
+        kernels = torch.mm(coefficients[part], experts, out=buffer[: part.stop - start])
+        yield part, kernels.unflatten(1, weight.shape[1:])
 
 
 # Forward and backward ----------------------------------------------------------------------------
@@ -49,13 +53,8 @@ def kernels(
 ) -> Tensor:
     """Mixes kernels, chunk by chunk, and convolves."""
     outputs = [
-        per_sample.convolve(
-            input[part],
-            mixed(weight, coefficients[part]),
-            None if bias is None else bias[part],
-            settings,
-        )
-        for part in chunks(weight, len(input))
+        per_sample.convolve(input[part], kernel, None if bias is None else bias[part], settings)
+        for part, kernel in mixed_kernels(weight, coefficients)
     ]
     return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
 
@@ -68,11 +67,10 @@ def kernels_backward(
     settings: Settings,
     mask: list[bool],
 ) -> list[Tensor | None]:
-    """d coefficients[n, e] = <dW[n], weight[e]> and d weight[e] = sum_n coefficients[n, e] dW[n]."""
+    """d coefficients[n, e] = <dW[n], weight[e]>, d weight[e] = sum_n coefficients[n, e] dW[n]."""
     need_kernel = mask[1] or mask[2]
     gx, gw, gc = [], torch.zeros_like(weight).flatten(1), []
-    for part in chunks(weight, len(input)):
-        kernel = mixed(weight, coefficients[part])
+    for part, kernel in mixed_kernels(weight, coefficients):
         g = per_sample.convolve_backward(
             grad[part], input[part], kernel, settings, [mask[0], need_kernel]
         )
@@ -112,9 +110,7 @@ def outputs_backward(
     if mask[0] or mask[1]:
         scaled = torch.bmm(coefficients.unsqueeze(2), grad.reshape(len(input), 1, -1))
         scaled = scaled.reshape(len(input), -1, *grad.shape[2:])
-        gx, gw = per_sample.static_backward(
-            scaled, input, weight.flatten(0, 1), settings, mask[:2]
-        )
+        gx, gw = per_sample.static_backward(scaled, input, weight.flatten(0, 1), settings, mask[:2])
     return [gx, gw, gc]
 
 
@@ -125,20 +121,20 @@ FORMULATIONS = {"kernels": (kernels, kernels_backward), "outputs": (outputs, out
 
 
 def _shape(
-    input: Tensor, weight: Tensor, coefficients: Tensor, bias: Tensor | None, *settings: list[int]
+    input: Tensor, weight: Tensor, coefficients: Tensor, bias: Tensor | None, *settings: Any
 ) -> tuple:
-    geometry = Geometry(tuple(weight.shape[3:]), *map(tuple, settings[:3]))  # type: ignore[arg-type]
+    geometry = Geometry(tuple(weight.shape[3:]), *map(tuple, settings[:3]))
     return (len(input), weight.shape[1], *geometry.output_size(input.shape[2:]))
 
 
 def _forward(
-    input: Tensor, weight: Tensor, coefficients: Tensor, bias: Tensor | None, *settings: list[int]
+    input: Tensor, weight: Tensor, coefficients: Tensor, bias: Tensor | None, *settings: Any
 ) -> Tensor:
     shape = _shape(input, weight, coefficients, bias, *settings)
     if not input.numel():
         return output_like(input, shape).zero_()
-    choice = formulation(weight, prod(shape[2:]), settings)  # type: ignore[arg-type]
-    return FORMULATIONS[choice][0](input, weight, coefficients, bias, settings)  # type: ignore[arg-type]
+    choice = formulation(weight, prod(shape[2:]), settings)
+    return FORMULATIONS[choice][0](input, weight, coefficients, bias, settings)
 
 
 def _backward(
@@ -147,7 +143,7 @@ def _backward(
     weight: Tensor,
     coefficients: Tensor,
     bias: Tensor | None,
-    *rest: list,
+    *rest: Any,
 ) -> list[Tensor | None]:
     *settings, mask = rest
     gb = grad.flatten(2).sum(2) if mask[3] else None
@@ -155,17 +151,21 @@ def _backward(
         return [None, None, None, gb]
     if not grad.numel() or not input.numel():
         return [torch.zeros_like(t) for t in (input, weight, coefficients)] + [gb]
-    choice = formulation(weight, prod(grad.shape[2:]), settings)  # type: ignore[arg-type]
+    choice = formulation(weight, prod(grad.shape[2:]), settings)
     backward = FORMULATIONS[choice][1]
-    return [*backward(grad, input, weight, coefficients, settings, mask[:3]), gb]  # type: ignore[arg-type]
+    return [*backward(grad, input, weight, coefficients, settings, mask[:3]), gb]
 
 
 def _reference(
-    input: Tensor, weight: Tensor, coefficients: Tensor, bias: Tensor | None, *settings: list[int]
+    input: Tensor, weight: Tensor, coefficients: Tensor, bias: Tensor | None, *settings: Any
 ) -> Tensor:
-    geometry = Geometry(tuple(weight.shape[3:]), *map(tuple, settings[:3]))  # type: ignore[arg-type]
-    output = reference.conv_mixture(input, weight, coefficients, None, geometry, settings[3])  # type: ignore[arg-type]
+    geometry = Geometry(tuple(weight.shape[3:]), *map(tuple, settings[:3]))
+    output = reference.conv_mixture(input, weight, coefficients, None, geometry, settings[3])
     return output if bias is None else output + bias.reshape(*bias.shape, *[1] * (input.dim() - 2))
+
+
+def _flops(input: tuple, weight: tuple, coefficients: tuple, *rest: Any) -> int:
+    return 2 * (prod(rest[-1]) * prod(weight[2:]) + prod(coefficients) * prod(weight[1:]))
 
 
 operator = Operator(
@@ -177,6 +177,7 @@ operator = Operator(
     _backward,
     _reference,
     _shape,
+    _flops,
 )
 
 

@@ -5,6 +5,8 @@ the taps in the same way and keeps nothing but input and weight.
 """
 
 from itertools import product
+from math import prod
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -17,7 +19,7 @@ from dynaconv.shapes import Geometry
 
 def _geometry(input: Tensor, weight: Tensor, settings: tuple) -> Geometry:
     rank = input.dim() - 2
-    return Geometry(tuple(weight.shape[2 : 2 + rank]), *map(tuple, settings[:3]))  # type: ignore[arg-type]
+    return Geometry(tuple(weight.shape[2 : 2 + rank]), *map(tuple, settings[:3]))
 
 
 def _pad(input: Tensor, geometry: Geometry, groups: int) -> Tensor:
@@ -49,11 +51,11 @@ def _accumulator(shape: tuple[int, ...], like: Tensor) -> Tensor:
     return torch.empty(shape, dtype=dtype, device=like.device, memory_format=format).zero_()
 
 
-def _shape(input: Tensor, weight: Tensor, *settings: list[int]) -> tuple:
+def _shape(input: Tensor, weight: Tensor, *settings: Any) -> tuple:
     return (*input.shape[:2], *_geometry(input, weight, settings).output_size(input.shape[2:]))
 
 
-def _forward(input: Tensor, weight: Tensor, *settings: list[int]) -> Tensor:
+def _forward(input: Tensor, weight: Tensor, *settings: Any) -> Tensor:
     geometry, groups = _geometry(input, weight, settings), weight.shape[1]
     shape = _shape(input, weight, *settings)
     if not input.numel():
@@ -70,7 +72,7 @@ def _at(weight: Tensor, tap: tuple[int, ...]) -> Tensor:
     return weight[(slice(None), slice(None), None, *tap)]
 
 
-def _backward(grad: Tensor, input: Tensor, weight: Tensor, *rest: list) -> list[Tensor | None]:
+def _backward(grad: Tensor, input: Tensor, weight: Tensor, *rest: Any) -> list[Tensor | None]:
     *settings, mask = rest
     geometry, groups = _geometry(input, weight, tuple(settings)), weight.shape[1]
     if not input.numel():
@@ -90,8 +92,12 @@ def _backward(grad: Tensor, input: Tensor, weight: Tensor, *rest: list) -> list[
     return [gx, gw]
 
 
-def _reference(input: Tensor, weight: Tensor, *settings: list[int]) -> Tensor:
+def _reference(input: Tensor, weight: Tensor, *settings: Any) -> Tensor:
     return reference.conv_per_position(input, weight, _geometry(input, weight, settings))
+
+
+def _flops(input: tuple, weight: tuple, *rest: Any) -> int:
+    return 2 * prod(rest[-1]) * prod(weight[2 : len(input)])
 
 
 operator = Operator(
@@ -103,6 +109,7 @@ operator = Operator(
     _backward,
     _reference,
     _shape,
+    _flops,
 )
 
 

@@ -11,19 +11,20 @@ The cost rule, from benchmarks/conv_per_sample.py on a CPU:
   beside channels: the unfolded input is then small beside the kernels.
 """
 
+from collections.abc import Sequence
 from math import prod
+from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
-from torch.utils.flop_counter import register_flop_formula
 
 from dynaconv.backends import reference
 from dynaconv.backends.eager.ops import GEOMETRY, Operator, gradient_like, output_like
 from dynaconv.shapes import Geometry
 
 LARGE = 2**17
-Settings = tuple[list[int], list[int], list[int], int]
+# stride, padding and dilation as lists, then groups, as the operator gets them.
+Settings = Sequence[Any]
 
 
 def formulation(input: Tensor, weight: Tensor, settings: Settings) -> str:
@@ -69,7 +70,7 @@ def grouped(input: Tensor, weight: Tensor, bias: Tensor | None, settings: Settin
     *geometry, groups = settings
     x = input.reshape(1, -1, *input.shape[2:])
     b = None if bias is None else bias.reshape(-1)
-    y = static(x, weight.flatten(0, 1), (*geometry, groups * batch), b)  # type: ignore[arg-type]
+    y = static(x, weight.flatten(0, 1), (*geometry, groups * batch), b)
     return y.reshape(batch, out, *y.shape[2:])
 
 
@@ -97,7 +98,11 @@ def grouped_backward(
     *geometry, groups = settings
     fold = lambda t: t.reshape(1, -1, *t.shape[2:])
     gx, gw = static_backward(
-        fold(grad), fold(input), weight.flatten(0, 1), (*geometry, groups * batch), mask  # type: ignore[arg-type]
+        fold(grad),
+        fold(input),
+        weight.flatten(0, 1),
+        (*geometry, groups * batch),
+        mask,
     )
     return [gx.reshape(input.shape) if mask[0] else gx, gw.reshape(weight.shape) if mask[1] else gw]
 
@@ -146,7 +151,7 @@ FORMULATIONS = {
 def convolve(input: Tensor, weight: Tensor, bias: Tensor | None, settings: Settings) -> Tensor:
     """y[n] = W[n] * x[n] + b[n] by the cheaper formulation."""
     forward = FORMULATIONS[formulation(input, weight, settings)][0]
-    return forward(input, weight, bias, settings)  # type: ignore[misc]
+    return forward(input, weight, bias, settings)
 
 
 def convolve_backward(
@@ -165,19 +170,19 @@ def convolve_backward(
 # The operator ------------------------------------------------------------------------------------
 
 
-def _shape(input: Tensor, weight: Tensor, bias: Tensor | None, *settings: list[int]) -> tuple:
-    geometry = Geometry(tuple(weight.shape[3:]), *map(tuple, settings[:3]))  # type: ignore[arg-type]
+def _shape(input: Tensor, weight: Tensor, bias: Tensor | None, *settings: Any) -> tuple:
+    geometry = Geometry(tuple(weight.shape[3:]), *map(tuple, settings[:3]))
     return (*weight.shape[:2], *geometry.output_size(input.shape[2:]))
 
 
-def _forward(input: Tensor, weight: Tensor, bias: Tensor | None, *settings: list[int]) -> Tensor:
+def _forward(input: Tensor, weight: Tensor, bias: Tensor | None, *settings: Any) -> Tensor:
     if not input.numel():
         return output_like(input, _shape(input, weight, bias, *settings)).zero_()
-    return convolve(input, weight, bias, settings)  # type: ignore[arg-type]
+    return convolve(input, weight, bias, settings)
 
 
 def _backward(
-    grad: Tensor, input: Tensor, weight: Tensor, bias: Tensor | None, *rest: list
+    grad: Tensor, input: Tensor, weight: Tensor, bias: Tensor | None, *rest: Any
 ) -> list[Tensor | None]:
     *settings, mask = rest
     gb = grad.flatten(2).sum(2) if mask[2] else None
@@ -185,13 +190,17 @@ def _backward(
         return [None, None, gb]
     if not grad.numel() or not input.numel():
         return [torch.zeros_like(input), torch.zeros_like(weight), gb]
-    gx, gw = convolve_backward(grad, input, weight, settings, mask[:2])  # type: ignore[arg-type]
+    gx, gw = convolve_backward(grad, input, weight, settings, mask[:2])
     return [gx, gw, gb]
 
 
-def _reference(input: Tensor, weight: Tensor, bias: Tensor | None, *settings: list[int]) -> Tensor:
-    geometry = Geometry(tuple(weight.shape[3:]), *map(tuple, settings[:3]))  # type: ignore[arg-type]
-    return reference.conv_per_sample(input, weight, bias, geometry, settings[3])  # type: ignore[arg-type]
+def _reference(input: Tensor, weight: Tensor, bias: Tensor | None, *settings: Any) -> Tensor:
+    geometry = Geometry(tuple(weight.shape[3:]), *map(tuple, settings[:3]))
+    return reference.conv_per_sample(input, weight, bias, geometry, settings[3])
+
+
+def _flops(input: tuple, weight: tuple, *rest: Any) -> int:
+    return 2 * prod(rest[-1]) * prod(weight[2:])
 
 
 operator = Operator(
@@ -203,6 +212,7 @@ operator = Operator(
     _backward,
     _reference,
     _shape,
+    _flops,
 )
 
 

@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import product
 from math import prod
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -92,14 +93,14 @@ class Sampling:
                 slope = others.where(self.inside[d][corner[d]], 0)
                 total = total + slope if corner[d] else total - slope
             by_offset.append(total if self.modulation is None else total * self.modulation)
-        offset = torch.stack(by_offset, 3)  # type: ignore[arg-type]
+        offset = torch.stack(by_offset, 3)
         if self.modulation is None:
             return offset.flatten(1, 3), None
         total = sum(
             prod((part(corner, d) for d in range(rank)), start=grad[..., c])
             for c, corner in enumerate(corners)
         )
-        return offset.flatten(1, 3), total.flatten(1, 2)  # type: ignore[union-attr]
+        return offset.flatten(1, 3), total.flatten(1, 2)
 
 
 @dataclass
@@ -140,9 +141,7 @@ class Part:
         """Adds to the rows' gradient what comes from one tap; grad (B * G_offset * P, c)."""
         index, factor = self.sampling.index[:, :, tap], self.sampling.factor[:, :, tap]
         spread = grad.unsqueeze(1) * factor.reshape(len(grad), -1, 1)
-        rows.scatter_add_(
-            0, index.reshape(-1, 1).expand(-1, rows.shape[1]), spread.flatten(0, 1)
-        )
+        rows.scatter_add_(0, index.reshape(-1, 1).expand(-1, rows.shape[1]), spread.flatten(0, 1))
 
     def factor_gradient(self, grad: Tensor, tap: int) -> Tensor:
         """d factor (B, G, P, 2^D): each row around a position times that position's gradient."""
@@ -189,7 +188,7 @@ def _weights(weight: Tensor, groups: int, dtype: torch.dtype) -> Tensor:
 
 
 def _geometry(weight: Tensor, settings: tuple) -> Geometry:
-    return Geometry(tuple(weight.shape[2:]), *map(tuple, settings[:3]))  # type: ignore[arg-type]
+    return Geometry(tuple(weight.shape[2:]), *map(tuple, settings[:3]))
 
 
 def _shape(input: Tensor, offset: Tensor, weight: Tensor, *rest: object) -> tuple[int, ...]:
@@ -202,9 +201,9 @@ def _forward(
     weight: Tensor,
     bias: Tensor | None,
     modulation: Tensor | None,
-    *settings: list,
+    *settings: Any,
 ) -> Tensor:
-    geometry, groups = _geometry(weight, settings), int(settings[3])  # type: ignore[call-overload]
+    geometry, groups = _geometry(weight, settings), settings[3]
     output = output_like(input, _shape(input, offset, weight))
     dtype = _working_dtype(input)
     matrices = _weights(weight, groups, dtype)
@@ -225,10 +224,10 @@ def _backward(
     weight: Tensor,
     bias: Tensor | None,
     modulation: Tensor | None,
-    *rest: list,
+    *rest: Any,
 ) -> list[Tensor | None]:
     *settings, mask = rest
-    geometry, groups = _geometry(weight, tuple(settings)), int(settings[3])  # type: ignore[call-overload]
+    geometry, groups = _geometry(weight, tuple(settings)), settings[3]
     dtype = _working_dtype(input)
     matrices = _weights(weight, groups, dtype)
     gx, goffset = torch.zeros_like(input), torch.zeros_like(offset)
@@ -266,10 +265,17 @@ def _reference(
     weight: Tensor,
     bias: Tensor | None,
     modulation: Tensor | None,
-    *settings: list,
+    *settings: Any,
 ) -> Tensor:
-    geometry, groups = _geometry(weight, settings), int(settings[3])  # type: ignore[call-overload]
+    geometry, groups = _geometry(weight, settings), settings[3]
     return reference.deform_conv(input, offset, weight, bias, modulation, geometry, groups)
+
+
+def _flops(input: tuple, offset: tuple, weight: tuple, *rest: Any) -> int:
+    """Interpolation at every tap, and the convolution."""
+    rank, positions = len(input) - 2, input[0] * prod(offset[2:])
+    sampling = 2**rank * positions * input[1] * prod(weight[2:])
+    return 2 * (sampling + positions * prod(weight))
 
 
 operator = Operator(
@@ -281,6 +287,7 @@ operator = Operator(
     _backward,
     _reference,
     _shape,
+    _flops,
 )
 
 
@@ -293,6 +300,4 @@ def deform_conv(
     geometry: Geometry,
     groups: int,
 ) -> Tensor:
-    return operator(
-        input, offset, weight, bias, modulation, *map(list, geometry[1:]), groups
-    )
+    return operator(input, offset, weight, bias, modulation, *map(list, geometry[1:]), groups)

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.library import custom_op
+from torch.utils.flop_counter import register_flop_formula
 
 GEOMETRY = "int[] stride, int[] padding, int[] dilation"
 
@@ -28,6 +29,7 @@ class Operator:
             does not ask for of any content.
         reference: (*tensors, *settings) -> output, differentiable to any order.
         shape: (*tensors, *settings) -> the output's shape.
+        flops: (*shapes of the tensors, *settings, shape of the output) -> operations.
     """
 
     def __init__(
@@ -40,15 +42,19 @@ class Operator:
         backward: Callable[..., list[Tensor | None]],
         reference: Callable[..., Tensor],
         shape: Callable[..., tuple[int, ...]],
+        flops: Callable[..., int],
     ) -> None:
         self.count = len(tensors)
         self.shared = [t.rstrip("?") in shared for t in tensors]
-        self.reference, self.shape = reference, shape
+        self.reference, self.shape, self.flops = reference, shape, flops
         self._forward, self._backward = forward, backward
         arguments = ", ".join(f"Tensor{'?' * t.endswith('?')} {t.rstrip('?')}" for t in tensors)
         schema = f"{arguments}, {settings}"
         self.forward = custom_op(
-            f"dynaconv::{name}", self._forward_kernel, mutates_args=(), schema=f"({schema}) -> Tensor"
+            f"dynaconv::{name}",
+            self._forward_kernel,
+            mutates_args=(),
+            schema=f"({schema}) -> Tensor",
         )
         self.backward = custom_op(
             f"dynaconv::{name}_backward",
@@ -62,6 +68,8 @@ class Operator:
         self.backward.register_autograd(self._backward_gradient, setup_context=self._save_backward)
         self.forward.register_vmap(self._forward_vmap)
         self.backward.register_vmap(self._backward_vmap)
+        register_flop_formula(getattr(torch.ops.dynaconv, name))(self._forward_flops)
+        register_flop_formula(getattr(torch.ops.dynaconv, f"{name}_backward"))(self._backward_flops)
 
     def __call__(self, *args: Any) -> Tensor:
         return self.forward(*args)
@@ -75,7 +83,9 @@ class Operator:
         *args, mask = args  # type: ignore[assignment]
         gradients = self._backward(grad, *args, mask)
         return [
-            g.reshape(t.shape).contiguous(memory_format=memory_format(t)) if wanted and g is not None else grad.new_empty(0)
+            g.reshape(t.shape).contiguous(memory_format=memory_format(t))
+            if wanted and g is not None
+            else grad.new_empty(0)
             for g, t, wanted in zip(gradients, args, mask, strict=False)
         ]
 
@@ -88,6 +98,14 @@ class Operator:
             gradient_like(t) if wanted else grad.new_empty(0)
             for t, wanted in zip(args, mask, strict=False)
         ]
+
+    def _forward_flops(self, *args: Any, out_shape: Any = None, **kwargs: Any) -> int:
+        return self.flops(*args, out_shape)
+
+    def _backward_flops(self, grad: Any, *args: Any, out_shape: Any = None, **kwargs: Any) -> int:
+        """Once for the input's gradient, once for those of everything else that is asked for."""
+        *args, mask = args  # type: ignore[assignment]
+        return (mask[0] + any(mask[1:])) * self.flops(*args, grad)
 
     # Gradients -----------------------------------------------------------------------------
 
@@ -124,13 +142,9 @@ class Operator:
                 output, [t for t, m in zip(asked, mask, strict=True) if m], grad, create_graph=True
             )
             cotangents = [g for g, m in zip(grads, mask, strict=True) if m]
-            inputs = [
-                t for t, n in zip([grad, *asked], needs, strict=True) if n and t is not None
-            ]
+            inputs = [t for t, n in zip([grad, *asked], needs, strict=True) if n and t is not None]
             second = iter(
-                torch.autograd.grad(
-                    first, inputs, cotangents, allow_unused=True, create_graph=True
-                )
+                torch.autograd.grad(first, inputs, cotangents, allow_unused=True, create_graph=True)
             )
         gradients = [
             next(second) if n and t is not None else None
