@@ -5,7 +5,11 @@ import torch
 
 
 def _poison(tensor):
-    if tensor.is_floating_point() and not torch.compiler.is_compiling() and tensor.device.type == "cpu":
+    if (
+        tensor.is_floating_point()
+        and not torch.compiler.is_compiling()
+        and tensor.device.type == "cpu"
+    ):
         with torch.no_grad():
             tensor.fill_(float("nan"))
     return tensor

@@ -7,8 +7,8 @@ import torch
 from torch import nn
 
 import dynaconv
-from dynaconv.contract import close
 from dynaconv.layers.base import CONVS, DynamicConv
+from dynaconv.testing import close
 
 NAMES = list(dynaconv.families())
 

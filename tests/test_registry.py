@@ -9,9 +9,10 @@ import torch
 from torch import nn
 
 import dynaconv
-from dynaconv import contract, registry
+from dynaconv import registry
 from dynaconv.functional import conv_mixture
 from dynaconv.layers.base import DynamicConv
+from dynaconv.testing import families as contract
 
 
 @pytest.fixture(autouse=True)

@@ -7,8 +7,9 @@ import torch
 from torch import nn
 
 import dynaconv
-from dynaconv import dispatch, functional, testing
-from dynaconv.testing import MAKERS, TOLERANCE, check_primitive, samples
+from dynaconv import dispatch, functional
+from dynaconv.testing import TOLERANCE, check_primitive, close, samples
+from dynaconv.testing.primitives import MAKERS
 
 PRIMITIVES = list(MAKERS)
 per_sample, mixture = (
@@ -54,6 +55,7 @@ def test_each_formulation_of_conv_per_sample(name, rank, monkeypatch):
     monkeypatch.setattr(per_sample, "formulation", lambda *a: forward)
     ungrouped = lambda grad, input, weight, settings: name if settings[3] == 1 else "loop"
     monkeypatch.setattr(per_sample, "weight_formulation", ungrouped)
+    monkeypatch.setattr(per_sample, "CHUNK", 1)
     check_primitive("conv_per_sample", "eager", ranks=(rank,), batches=(1, 3))
 
 
@@ -77,7 +79,11 @@ def test_the_rule_takes_every_formulation():
     rule = lambda x, w, *s: per_sample.formulation(torch.empty(x), torch.empty(w), s)
     assert rule((2, 8, 5, 5), (2, 8, 8, 1, 1), [1, 1], [0, 0], [1, 1], 1) == "matmul"
     assert rule((2, 8, 5, 5), (2, 8, 8, 3, 3), [1, 1], [1, 1], [1, 1], 1) == "grouped"
-    assert rule((2, 256, 5, 5), (2, 256, 256, 3, 3), [1, 1], [1, 1], [1, 1], 1) == "loop"
+    assert rule((8, 256, 5, 5), (8, 256, 256, 3, 3), [1, 1], [1, 1], [1, 1], 1) == "loop"
+    assert (
+        rule((8, 256, 5, 5, 5), (8, 256, 256, 3, 3, 3), [1] * 3, [1] * 3, [1] * 3, 1) == "grouped"
+    )
+    assert rule((64, 64, 5, 5), (64, 64, 64, 3, 3), [1, 1], [1, 1], [1, 1], 1) == "grouped"
     few = torch.empty(2, 256, 5, 5), torch.empty(2, 256, 5, 5), torch.empty(2, 256, 256, 3, 3)
     assert per_sample.weight_formulation(*few, ([1, 1], [1, 1], [1, 1], 1)) == "unfold"
     assert mixture.formulation(torch.empty(4, 8, 8, 1), 1, ([1], [0], [1], 1)) == "outputs"
@@ -102,7 +108,9 @@ def small(primitive, rank):
     """One small call, as a function of its tensors."""
     tensors, settings = list(samples(primitive, rank, batches=(2,)))[3]
     names = list(tensors)
-    call = lambda *ts: getattr(functional, primitive)(**dict(zip(names, ts, strict=True)), **settings)
+    call = lambda *ts: getattr(functional, primitive)(
+        **dict(zip(names, ts, strict=True)), **settings
+    )
     return call, [t.requires_grad_() for t in tensors.values()]
 
 
@@ -161,7 +169,9 @@ def test_vmap_over_the_backward(primitive):
     call, tensors = small(primitive, 2)
     output = call(*tensors)
     upstream = torch.randn(3, *output.shape, dtype=output.dtype)
-    batched = torch.autograd.grad(output, tensors, upstream, is_grads_batched=True, retain_graph=True)
+    batched = torch.autograd.grad(
+        output, tensors, upstream, is_grads_batched=True, retain_graph=True
+    )
     for i in range(3):
         one = torch.autograd.grad(output, tensors, upstream[i], retain_graph=True)
         for a, b in zip(batched, one, strict=True):
@@ -173,7 +183,9 @@ def test_compiles_without_a_break_for_any_size(primitive):
     torch._dynamo.reset()
     _, settings = list(samples(primitive, 2, batches=(2,)))[2]
     names = list(next(iter(samples(primitive, 2)))[0])
-    call = lambda *ts: getattr(functional, primitive)(**dict(zip(names, ts, strict=True)), padding=1)
+    call = lambda *ts: getattr(functional, primitive)(
+        **dict(zip(names, ts, strict=True)), padding=1
+    )
     count = torch._dynamo.testing.CompileCounter()
     compiled = torch.compile(call, backend=count, fullgraph=True, dynamic=True)
     for batch in (2, 3, 4):
@@ -194,7 +206,7 @@ def test_autocast_casts_data_and_keeps_offsets(primitive):
             output = getattr(functional, primitive)(**tensors, **settings)
         assert output.dtype == torch.bfloat16
         expected = getattr(functional, primitive)(**tensors, **settings)
-        testing.compare(output, expected.double(), torch.bfloat16, primitive)
+        close(output, expected.double(), primitive, TOLERANCE[torch.bfloat16])
 
 
 def test_half_data_takes_float32_offsets():

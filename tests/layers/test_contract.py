@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from dynaconv.contract import CHECKS
 from dynaconv.registry import families
+from dynaconv.testing import CHECKS
 
 CASES = [
     pytest.param(cls, arguments, id=f"{cls.__name__}-{i}")

@@ -8,7 +8,8 @@ import torch
 from torch.nn import functional as F
 
 import dynaconv
-from dynaconv.contract import close, randomized
+from dynaconv.testing import close
+from dynaconv.testing.families import randomized
 from tests.slow import interpolated, slow_conv
 
 SIZES = {1: (9,), 2: (5, 6), 3: (4, 3, 5)}

@@ -6,8 +6,8 @@ import pytest
 import torch
 
 import dynaconv
-from dynaconv.contract import close
 from dynaconv.functional import conv_mixture, deform_conv
+from dynaconv.testing import close
 
 GOLDEN = Path(__file__).parent.parent / "golden"
 STATIC = ("kernel_size", "stride", "padding", "dilation", "groups")

@@ -5,8 +5,6 @@ are 8 to 56 pixels wide, turned, and of any colour: one kernel size does not fit
 Train and validation share neither a digit nor a pixel of a photograph.
 """
 
-from __future__ import annotations
-
 import math
 from dataclasses import dataclass
 from functools import lru_cache
@@ -42,7 +40,11 @@ class Scene(NamedTuple):
 
 @dataclass(frozen=True)
 class Sources:
-    """Real material of one split: `digits` (D, 8, 8) in [0, 1], `labels` (D,), photographs."""
+    """Real material of one split.
+
+    `digits` (D, 8, 8) in [0, 1], their `labels` (D,) and places `digit_ids` (D,) in the file;
+    `photos`, each (3, H, W) in [0, 1], and the (start, stop) `columns` that they were cut from.
+    """
 
     digits: Tensor
     labels: Tensor
@@ -71,16 +73,26 @@ def load_sources(split: Split) -> Sources:
 
 
 def digit_ids(labels: Tensor, split: Split) -> Tensor:
-    """Indices of the digits of `split`: of each class the first 80% train, the rest validate.
-
-    The file is ordered by writer, so the two parts are mostly by different hands as well.
-    """
+    """Indices of the digits of `split`: of each class the first 80% train, the rest validate."""
     parts = []
     for digit in range(10):
         ids = (labels == digit).nonzero().flatten()
         cut = int(len(ids) * TRAIN_DIGITS)
         parts.append(ids[:cut] if split == "train" else ids[cut:])
     return torch.cat(parts).sort().values
+
+
+class InMemory(Dataset[Scene]):
+    """Scenes stacked in memory: images (N, 3, H, W), masks (N, H, W), sizes (N, H, W)."""
+
+    def __init__(self, images: Tensor, masks: Tensor, sizes: Tensor) -> None:
+        self.images, self.masks, self.sizes = images, masks, sizes
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitem__(self, index: int) -> Scene:
+        return Scene(self.images[index], self.masks[index], self.sizes[index])
 
 
 class DigitScenes(Dataset[Scene]):
@@ -116,20 +128,8 @@ class DigitScenes(Dataset[Scene]):
 
     def in_memory(self) -> InMemory:
         """All scenes, made once: epochs then cost no time for making them."""
-        return InMemory(*(torch.stack(part) for part in zip(*self, strict=True)))
-
-
-class InMemory(Dataset[Scene]):
-    """Scenes stacked in memory: images (N, 3, H, W), masks (N, H, W), sizes (N, H, W)."""
-
-    def __init__(self, images: Tensor, masks: Tensor, sizes: Tensor) -> None:
-        self.images, self.masks, self.sizes = images, masks, sizes
-
-    def __len__(self) -> int:
-        return len(self.images)
-
-    def __getitem__(self, index: int) -> Scene:
-        return Scene(self.images[index], self.masks[index], self.sizes[index])
+        images, masks, sizes = zip(*(self[i] for i in range(len(self))), strict=True)
+        return InMemory(torch.stack(images), torch.stack(masks), torch.stack(sizes))
 
 
 def make_scene(sources: Sources, size: int, generator: torch.Generator) -> Scene:

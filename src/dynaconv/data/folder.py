@@ -6,65 +6,38 @@
 A mask is a PNG whose pixels are class indices; 255 (or `ignore`) means no class.
 """
 
-from __future__ import annotations
-
+import hashlib
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from dynaconv.data.errors import InputError
+from dynaconv.data.images import read_image, read_mask
+
 IMAGES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff")
+MASKS = (".png",)
 # A folder with hundreds of faults is told with the first few.
 MOST_FAULTS = 20
 
-
-class FolderError(ValueError):
-    """A folder that cannot be trained on; the text names every file and its fault."""
+Pair = tuple[Path, Path]
 
 
 @dataclass(frozen=True)
 class Folder:
     """A checked data set: (image, mask) paths of each split, and the number of classes."""
 
-    train: list[tuple[Path, Path]]
-    val: list[tuple[Path, Path]]
+    train: list[Pair]
+    val: list[Pair]
     classes: int
-    ignore: int
-
-
-def read_image(path: Path | str) -> Tensor:
-    """(3, H, W) in [0, 1]. ValueError names the file where it cannot be read."""
-    try:
-        with Image.open(path) as image:
-            array = np.array(image.convert("RGB"))
-    except FileNotFoundError:
-        raise ValueError(f"{path}: no such file") from None
-    except (UnidentifiedImageError, OSError, SyntaxError) as error:
-        raise ValueError(f"{path}: cannot be read as an image ({error})") from None
-    return torch.from_numpy(array).permute(2, 0, 1).float() / 255
-
-
-def read_mask(path: Path | str) -> Tensor:
-    """(H, W) long of class indices. ValueError names the file and what is wrong with it."""
-    try:
-        with Image.open(path) as image:
-            if image.mode not in ("L", "P", "I", "I;16", "1"):
-                raise ValueError(
-                    f"{path}: a mask is a single channel of class indices, this has {image.mode}"
-                )
-            array = np.array(image).astype(np.int64)
-    except (UnidentifiedImageError, OSError, SyntaxError) as error:
-        raise ValueError(f"{path}: cannot be read as a mask ({error})") from None
-    return torch.from_numpy(array)
 
 
 def check_folder(root: Path | str, classes: int | None = None, ignore: int = 255) -> Folder:
-    """Reads every file once.
+    """Reads every file once and refuses the folder if one of them cannot be trained on.
 
     Args:
         root: the folder above.
@@ -72,70 +45,93 @@ def check_folder(root: Path | str, classes: int | None = None, ignore: int = 255
         ignore: the index that means no class.
 
     Raises:
-        FolderError: names each file and its fault.
+        InputError: names each file and its fault.
     """
-    root, faults = Path(root), []
+    root = Path(root)
     if not root.is_dir():
-        raise FolderError(f"{root}: no such folder")
-    pairs = {split: _pairs(root / split, faults) for split in ("train", "val")}
-    _stop_at(faults)
-    seen: dict[str, dict[int, Path]] = {"train": {}, "val": {}}
-    for split, files in pairs.items():
-        for image, mask in files:
-            _check_pair(image, mask, seen[split], faults)
-    _stop_at(faults)
-    known = [c for c in seen["train"] if c != ignore]
-    if not known:
-        raise FolderError(f"{root / 'train' / 'masks'}: no pixel has a class but {ignore}")
-    count = max(known) + 1 if classes is None else classes
-    for found in seen.values():
-        faults += [
-            f"{path}: unknown class {value}; known are 0 to {count - 1}, and {ignore} for none"
-            for value, path in sorted(found.items())
-            if value != ignore and not 0 <= value < count
-        ]
-    _stop_at(faults)
-    return Folder(pairs["train"], pairs["val"], count, ignore)
+        raise InputError(f"{root}: no such folder")
+    faults: list[str] = []
+    train, val = (_pairs(root / split, faults) for split in ("train", "val"))
+    _refuse(faults)
+    seen_train, seen_val = _classes_of(train, faults), _classes_of(val, faults)
+    _refuse(faults)
+    if classes is None:
+        classes = _count_classes(root / "train" / "masks", seen_train, ignore)
+    for value, mask in [*sorted(seen_train.items()), *sorted(seen_val.items())]:
+        if value != ignore and not 0 <= value < classes:
+            known = f"known are 0 to {classes - 1}, and {ignore} for none"
+            faults.append(f"{mask}: unknown class {value}; {known}")
+    _refuse(faults)
+    return Folder(train, val, classes)
 
 
-def _pairs(split: Path, faults: list[str]) -> list[tuple[Path, Path]]:
+def _pairs(split: Path, faults: list[str]) -> list[Pair]:
     """(image, mask) by name; notes what is missing."""
     folders = split / "images", split / "masks"
     missing = [f"{folder}: no such folder" for folder in folders if not folder.is_dir()]
     if missing:
         faults += missing
         return []
-    images = {p.stem: p for p in sorted(folders[0].iterdir()) if p.suffix.lower() in IMAGES}
-    masks = {p.stem: p for p in sorted(folders[1].iterdir()) if p.suffix.lower() == ".png"}
+    images, masks = _by_stem(folders[0], IMAGES, faults), _by_stem(folders[1], MASKS, faults)
     if not images:
         faults.append(f"{folders[0]}: no images ({', '.join(IMAGES)})")
-    faults += [f"{p}: has no mask {folders[1] / p.stem}.png" for n, p in images.items() if n not in masks]
-    faults += [f"{p}: has no image in {folders[0]}" for n, p in masks.items() if n not in images]
-    return [(p, masks[n]) for n, p in images.items() if n in masks]
+    for stem in images.keys() - masks.keys():
+        faults.append(f"{images[stem]}: has no mask {folders[1] / stem}.png")
+    for stem in masks.keys() - images.keys():
+        faults.append(f"{masks[stem]}: has no image in {folders[0]}")
+    return [(path, masks[stem]) for stem, path in images.items() if stem in masks]
 
 
-def _check_pair(image: Path, mask: Path, seen: dict[int, Path], faults: list[str]) -> None:
-    """Notes an unreadable file or differing sizes; collects the classes with a file for each."""
-    try:
-        pixels, labels = read_image(image), read_mask(mask)
-    except ValueError as error:
-        faults.append(str(error))
-        return
-    if pixels.shape[1:] != labels.shape:
-        sizes = [f"{s[1]}x{s[0]}" for s in (labels.shape, pixels.shape[1:])]
-        faults.append(f"{mask}: is {sizes[0]}, its image {image.name} is {sizes[1]}")
-    for value in labels.unique().tolist():
-        seen.setdefault(value, mask)
+def _by_stem(folder: Path, suffixes: Iterable[str], faults: list[str]) -> dict[str, Path]:
+    """Files by name without suffix, in order; notes two files of one name."""
+    found: dict[str, Path] = {}
+    for path in sorted(folder.iterdir()):
+        if path.suffix.lower() not in suffixes or path.name.startswith("."):
+            continue
+        if path.stem in found:
+            faults.append(f"{path}: has the name of {found[path.stem].name}; rename one of them")
+        found[path.stem] = path
+    return found
 
 
-def _stop_at(faults: list[str]) -> None:
+def _classes_of(pairs: list[Pair], faults: list[str]) -> dict[int, Path]:
+    """Classes in the masks, each with a file that has it; notes bad files and differing sizes."""
+    seen: dict[int, Path] = {}
+    for image, mask in pairs:
+        try:
+            pixels, labels = read_image(image), read_mask(mask)
+        except InputError as error:
+            faults.append(str(error))
+            continue
+        if pixels.shape[1:] != labels.shape:
+            height, width = pixels.shape[1:]
+            size = f"{labels.shape[1]}x{labels.shape[0]}"
+            faults.append(f"{mask}: is {size}, its image {image.name} is {width}x{height}")
+        for value in labels.unique().tolist():
+            seen.setdefault(value, mask)
+    return seen
+
+
+def _count_classes(masks: Path, seen: Iterable[int], ignore: int) -> int:
+    """The largest class and one; at least two are needed to tell anything apart."""
+    count = max((value for value in seen if value != ignore), default=-1) + 1
+    if count < 2:
+        found = ", ".join(map(str, sorted(seen)))
+        raise InputError(
+            f"{masks}: has the values {found} alone, where {ignore} means no class; "
+            "number the classes from 0, at least two of them"
+        )
+    return count
+
+
+def _refuse(faults: list[str]) -> None:
     if faults:
         more = len(faults) - MOST_FAULTS
-        shown = faults[:MOST_FAULTS] + ([f"... and {more} more"] if more > 0 else [])
-        raise FolderError("\n".join(shown))
+        rest = [f"... and {more} more"] if more > 0 else []
+        raise InputError("\n".join(sorted(faults)[:MOST_FAULTS] + rest))
 
 
-class FolderData(Dataset):
+class FolderData(Dataset[tuple[Tensor, Tensor]]):
     """Items (image (3, H, W) in [0, 1], mask (H, W) long).
 
     With `size`, random crops of that size, scaled by 0.75 to 1.5 and mirrored, drawn from (seed,
@@ -143,13 +139,20 @@ class FolderData(Dataset):
     """
 
     def __init__(
-        self, pairs: list[tuple[Path, Path]], ignore: int, size: int | None = None, seed: int = 0
+        self, pairs: list[Pair], ignore: int, size: int | None = None, seed: int = 0
     ) -> None:
         self.pairs, self.ignore, self.size, self.seed = pairs, ignore, size, seed
         self.epoch = 0
 
     def set_epoch(self, epoch: int) -> None:
         self.epoch = epoch
+
+    def fingerprint(self) -> str:
+        """Changes when a file comes, goes or changes its size; moving the folder is no change."""
+        digest = hashlib.sha256()
+        for pair in self.pairs:
+            digest.update(str([(path.name, path.stat().st_size) for path in pair]).encode())
+        return digest.hexdigest()
 
     def __len__(self) -> int:
         return len(self.pairs)
@@ -166,16 +169,17 @@ class FolderData(Dataset):
 def augment(
     image: Tensor, mask: Tensor, size: int, ignore: int, generator: torch.Generator
 ) -> tuple[Tensor, Tensor]:
-    """A random crop (3, size, size) and (size, size); beyond the border nothing is labelled."""
-    draw = torch.rand(4, generator=generator)
-    scale = 0.75 * 2 ** float(draw[0])
-    height, width = (max(1, round(n * scale)) for n in mask.shape)
-    image = F.interpolate(image[None], (height, width), mode="bilinear", antialias=True)[0]
-    mask = F.interpolate(mask[None, None].float(), (height, width), mode="nearest")[0, 0].long()
-    right, bottom = max(0, size - width), max(0, size - height)
-    image = F.pad(image[None], (0, right, 0, bottom), mode="constant")[0]
-    mask = F.pad(mask, (0, right, 0, bottom), value=ignore)
-    top = int(float(draw[1]) * (mask.shape[0] - size + 1))
-    left = int(float(draw[2]) * (mask.shape[1] - size + 1))
+    """A random crop: image (3, H, W) to (3, size, size), mask (H, W) to (size, size).
+
+    What lies beyond the border of a smaller image is black and has no class (`ignore`).
+    """
+    zoom, down, right, mirror = torch.rand(4, generator=generator).tolist()
+    shape = tuple(max(1, round(n * 0.75 * 2**zoom)) for n in mask.shape)
+    image = F.interpolate(image[None], shape, mode="bilinear", antialias=True)[0]
+    mask = F.interpolate(mask[None, None].float(), shape, mode="nearest-exact")[0, 0].long()
+    border = (0, max(0, size - shape[1]), 0, max(0, size - shape[0]))
+    image, mask = F.pad(image, border), F.pad(mask, border, value=ignore)
+    top = int(down * (mask.shape[0] - size + 1))
+    left = int(right * (mask.shape[1] - size + 1))
     image, mask = (t[..., top : top + size, left : left + size] for t in (image, mask))
-    return (image.flip(-1), mask.flip(-1)) if draw[3] < 0.5 else (image, mask)
+    return (image.flip(-1), mask.flip(-1)) if mirror < 0.5 else (image, mask)

@@ -1,19 +1,21 @@
-"""Files written whole or not at all, and the checkpoint that `predict` and `inspect` read."""
-
-from __future__ import annotations
+"""Files written whole or not at all, and checkpoints read without running code in them."""
 
 import os
 import tempfile
+import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
-from torch import nn
+from PIL import Image
 
+from dynaconv.data.errors import InputError
 from dynaconv.training.model import Config, build
+from dynaconv.training.unet import UNet
 
 FORMAT = "dynaconv segmentation 1"
 
@@ -23,46 +25,67 @@ def whole(path: Path | str) -> Iterator[Path]:
     """A temporary path beside `path` that takes its place when the block ends without error."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=path.suffix, dir=path.parent)
-    os.close(handle)
+    temporary = path.with_name(f".{path.stem}.{uuid.uuid4().hex}{path.suffix}")
     try:
-        yield Path(name)
-        with open(name, "rb") as written:
+        yield temporary
+        with open(temporary, "rb") as written:
             os.fsync(written.fileno())
-        os.replace(name, path)
-    except BaseException:
-        Path(name).unlink(missing_ok=True)
-        raise
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
-def save_model(path: Path | str, model: nn.Module, config: Config) -> None:
+def check_writable(folder: Path) -> None:
+    """Makes `folder`; OSError where no file can be written into it."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryFile(dir=folder):
+        pass
+
+
+def read_checkpoint(path: Path) -> dict[str, Any]:
+    """The plain values and tensors in a checkpoint.
+
+    Raises:
+        InputError: there is no such file, or it holds anything else; no code in it is run.
+    """
+    if not path.is_file():
+        raise InputError(f"{path}: no such checkpoint")
+    try:
+        content = torch.load(path, weights_only=True, map_location="cpu")
+    except Exception:  # torch's own text advises to load it with its code
+        content = None
+    if not isinstance(content, dict):
+        raise InputError(f"{path}: damaged, or not a checkpoint; nothing in it was run")
+    return content
+
+
+def save_model(path: Path | str, model: UNet, config: Config) -> None:
     """Weights and what is needed to build the model again, as plain values and tensors."""
+    content = {"format": FORMAT, "config": asdict(config), "state": model.state_dict()}
     with whole(path) as temporary:
-        content = {"format": FORMAT, "config": asdict(config), "state": model.state_dict()}
         torch.save(content, temporary)
 
 
-def load_model(path: Path | str) -> tuple[nn.Module, Config]:
+def load_model(path: Path | str) -> tuple[UNet, Config]:
     """The model in evaluation mode, and its configuration.
 
     Raises:
-        FileNotFoundError: there is no such file.
-        ValueError: the file is not a checkpoint of `dynaconv train`; no code in it is run.
+        InputError: the file is missing, damaged, or not a model of `dynaconv train`.
     """
-    path = Path(path)
-    if not path.is_file():
-        raise FileNotFoundError(f"{path}: no such checkpoint")
+    content = read_checkpoint(Path(path))
+    if content.get("format") != FORMAT:
+        raise InputError(f"{path}: not a model written by `dynaconv train` (expected {FORMAT!r})")
     try:
-        content: Any = torch.load(path, weights_only=True, map_location="cpu")
-    except Exception as error:
-        raise ValueError(f"{path}: cannot be read as a checkpoint ({_first_line(error)})") from None
-    if not isinstance(content, dict) or content.get("format") != FORMAT:
-        raise ValueError(f"{path}: not a model written by `dynaconv train` (expected {FORMAT!r})")
-    config = Config(**content["config"])
-    model = build(config)
-    model.load_state_dict(content["state"])
+        config = Config(**content["config"])
+        model = build(config)
+        model.load_state_dict(content["state"])
+    except (KeyError, TypeError, ValueError, RuntimeError) as error:
+        reason = str(error).strip().split("\n")[0]
+        raise InputError(f"{path}: does not fit this version of dynaconv ({reason})") from error
     return model.eval(), config
 
 
-def _first_line(error: Exception) -> str:
-    return str(error).strip().split("\n")[0]
+def save_picture(path: Path, pixels: np.ndarray) -> None:
+    """pixels (H, W) or (H, W, 3) as a PNG, whole or not at all."""
+    with whole(path) as temporary:
+        Image.fromarray(pixels).save(temporary)

@@ -1,12 +1,10 @@
 """The model of a run, from plain values: a U-Net with static or dynamic convolutions."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from dynaconv.convert import convert, select
 from dynaconv.layers.base import DynamicConv
@@ -15,11 +13,17 @@ from dynaconv.training.unet import UNet
 STATIC = "static"
 # Where a U-Net becomes dynamic: below full resolution, on the way down and at the bottom.
 WHERE = r"encoder|bottleneck"
+# Images a forward pass; enough for speed on a CPU, little memory.
+CHUNK = 25
 
 
 @dataclass
 class Config:
-    """Everything that a run depends on but its data; plain values, kept in the checkpoint."""
+    """Everything that a run depends on but its data; plain values, kept in the checkpoint.
+
+    `names` are those of the classes, where they are known. `background_weight` is the weight of
+    the last class in the loss.
+    """
 
     layer: str = STATIC
     options: dict[str, Any] = field(default_factory=dict)
@@ -35,16 +39,25 @@ class Config:
     seed: int = 0
     background_weight: float = 1.0
 
+    @property
+    def background(self) -> int | None:
+        """The class called background, if there is one: pictures leave it plain."""
+        return self.names.index("background") if "background" in self.names else None
 
-def build(config: Config) -> nn.Module:
-    """The model with fresh weights: the same static start for every layer and a given seed."""
+
+def build(config: Config) -> UNet:
+    """The model with fresh weights: the same static start for every layer and a given seed.
+
+    Raises:
+        ValueError: the widths, the family, or where to put it do not make a model.
+    """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed)
-        model: nn.Module = UNet(3, config.classes, config.widths)
-        if config.layer == STATIC:
-            return model
-        where = select(name=config.where, kernel_size=3)
-        return convert(model, config.layer, where, exact=False, inplace=True, **config.options)[0]
+        model = UNet(3, config.classes, config.widths)
+        if config.layer != STATIC:
+            where = select(name=config.where, kernel_size=3)
+            convert(model, config.layer, where, exact=False, inplace=True, **config.options)
+    return model
 
 
 def normalise(image: Tensor) -> Tensor:
@@ -52,6 +65,13 @@ def normalise(image: Tensor) -> Tensor:
     return (image - 0.5) * 4
 
 
-def dynamic_layers(model: nn.Module) -> dict[str, DynamicConv]:
+def predict(model: UNet, images: Tensor) -> Tensor:
+    """Classes (N, H, W) of images (N, 3, H, W) in [0, 1], in evaluation mode."""
+    model.eval()
+    with torch.no_grad():
+        return torch.cat([model(normalise(part)).argmax(1) for part in images.split(CHUNK)])
+
+
+def dynamic_layers(model: UNet) -> dict[str, DynamicConv]:
     """The dynamic layers of a model by name."""
     return {n: m for n, m in model.named_modules() if isinstance(m, DynamicConv)}

@@ -1,11 +1,10 @@
 """Segmentation with Lightning: the loss, the metric, the schedule, resuming after a kill."""
 
-from __future__ import annotations
-
 import logging
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -14,38 +13,126 @@ import torch
 import torch.nn.functional as F
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.plugins.io import TorchCheckpointIO
-from rich.progress import Progress
-from torch import Tensor, nn
+from rich.progress import Progress, TaskID
+from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, DistributedSampler
 from torchmetrics.classification import MulticlassJaccardIndex
 
 from dynaconv.anneal import anneal, parameter_groups
-from dynaconv.training.files import save_model, whole
+from dynaconv.data.errors import InputError
+from dynaconv.training.files import read_checkpoint, save_model, whole
 from dynaconv.training.model import Config, build, normalise
+from dynaconv.training.unet import UNet
 
 # The share of a run over which softmax temperatures go from 30 to 1.
 ANNEALING = 1 / 3
 
+History = list[dict[str, float]]
+
+
+def fit(
+    config: Config,
+    train: Dataset,
+    val: Dataset | None = None,
+    out: Path | None = None,
+    callbacks: Sequence[L.Callback] = (),
+) -> tuple[UNet, History]:
+    """Trains the model of `config`.
+
+    With `out`, a checkpoint is written there after each epoch, and a run that finds one goes on
+    from it and ends with the weights of an undisturbed run; `out/model.pt` is the result.
+
+    Returns:
+        The model in evaluation mode, and the validation mIoU of each epoch.
+
+    Raises:
+        InputError: `out` holds a damaged checkpoint or one of another run, or the loss diverged.
+    """
+    task = Segmentation(build(config), config, fingerprint(train))
+    last = None if out is None else resumable(out, task.identity)
+    savers = [] if out is None else [_saver(out)]
+    with quiet(), torch.random.fork_rng():
+        trainer = L.Trainer(
+            max_epochs=config.epochs,
+            devices=1,
+            logger=False,
+            enable_progress_bar=False,
+            enable_model_summary=False,
+            enable_checkpointing=bool(savers),
+            callbacks=[*callbacks, Epochs(config.seed), *savers],
+            plugins=[WholeCheckpoints()],
+            num_sanity_val_steps=0,
+        )
+        held_out = None if val is None else DataLoader(val, batch_size=1)
+        trainer.fit(task, _loader(train, config), held_out, ckpt_path=last)
+    model = task.model.cpu().eval()
+    if out is not None:
+        save_model(out / "model.pt", model, config)
+    return model, task.history
+
+
+def fingerprint(data: Dataset) -> str:
+    """What tells a data set from another: its own `fingerprint()`, else its length."""
+    own = getattr(data, "fingerprint", None)
+    return str(len(data)) if own is None else own()  # type: ignore[arg-type]
+
+
+def resumable(out: Path, identity: dict[str, Any]) -> Path | None:
+    """The checkpoint in `out` to go on from; None where there is nothing yet.
+
+    Raises:
+        InputError: what is there is damaged, or of a run with another configuration or data.
+    """
+    last, model = out / "last.ckpt", out / "model.pt"
+    mend = "give another --out, or remove it to start anew"
+    if not last.exists():
+        if model.exists():
+            raise InputError(f"{model}: would be overwritten, and there is no {last} of it; {mend}")
+        return None
+    try:
+        saved = read_checkpoint(last).get("identity", {})
+    except InputError as error:
+        raise InputError(f"{error}; {mend}") from None
+    changed = [
+        f"{name}={saved.get(name)!r}, now {value!r}"
+        for name, value in identity.items()
+        if name != "data" and saved.get(name) != value
+    ]
+    if changed:
+        raise InputError(
+            f"{last}: is of a run with {'; '.join(changed)}. Go on as it was, or {mend}"
+        )
+    if saved.get("data") != identity["data"]:
+        raise InputError(f"{last}: is of a run on other training data; {mend}")
+    return last
+
 
 class Segmentation(L.LightningModule):
-    """A model that gives each pixel a class, trained by cross entropy and measured by mIoU."""
+    """A model that gives each pixel a class, trained by cross entropy and measured by mIoU.
 
-    def __init__(self, model: nn.Module, config: Config) -> None:
+    `identity` says which run this is: its configuration, and `data`, a fingerprint.
+    """
+
+    class_weight: Tensor
+
+    def __init__(self, model: UNet, config: Config, data: str) -> None:
         super().__init__()
         self.model, self.config = model, config
+        self.identity = asdict(config) | {"data": data}
         self.miou = metric(config)
         weight = torch.ones(config.classes)
         weight[-1] = config.background_weight
         self.register_buffer("class_weight", weight, persistent=False)
-        self.history: list[dict[str, float]] = []
+        self.history: History = []
 
     def training_step(self, batch: tuple[Tensor, ...], index: int) -> Tensor:
-        total = self.trainer.estimated_stepping_batches
-        anneal(self.model, self.global_step / (ANNEALING * float(total)))
+        total = float(self.trainer.estimated_stepping_batches)
+        anneal(self.model, self.global_step / (ANNEALING * total))
         image, mask = batch[:2]
         logits = self.model(normalise(image))
-        weight: Tensor = self.class_weight  # type: ignore[assignment]
-        loss = F.cross_entropy(logits, mask, weight, ignore_index=self.config.ignore)
+        loss = pixel_loss(logits, mask, self.class_weight, self.config.ignore)
+        if not loss.isfinite():
+            raise InputError(f"the loss is {loss.item()} at step {self.global_step}; lower --lr")
         self.log("loss", loss, on_step=False, on_epoch=True)
         return loss
 
@@ -57,11 +144,10 @@ class Segmentation(L.LightningModule):
         value = self.miou.compute()
         self.miou.reset()
         self.log("miou", value)
-        if not self.trainer.sanity_checking:
-            self.history.append({"epoch": self.current_epoch + 1, "miou": float(value)})
+        self.history.append({"epoch": self.current_epoch + 1, "miou": float(value)})
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        checkpoint["history"] = self.history
+        checkpoint |= {"history": self.history, "identity": self.identity}
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         self.history = checkpoint["history"]
@@ -76,6 +162,15 @@ class Segmentation(L.LightningModule):
         return [optimizer], [{"scheduler": scheduler, "interval": "step"}]
 
 
+def pixel_loss(logits: Tensor, mask: Tensor, weight: Tensor, ignore: int) -> Tensor:
+    """Mean cross entropy of logits (N, classes, H, W), weighted by class; mask (N, H, W).
+
+    Zero where no pixel has a class, as in crops beyond the border; torch's own mean is NaN there.
+    """
+    total = F.cross_entropy(logits, mask, weight, ignore_index=ignore, reduction="sum")
+    return total / weight[mask[mask != ignore]].sum().clamp(min=1e-6)
+
+
 def metric(config: Config) -> MulticlassJaccardIndex:
     """Mean intersection over union over the classes that occur."""
     return MulticlassJaccardIndex(config.classes, ignore_index=config.ignore)
@@ -84,104 +179,62 @@ def metric(config: Config) -> MulticlassJaccardIndex:
 class WholeCheckpoints(TorchCheckpointIO):
     """Checkpoints written whole or not at all, and read without running code in them."""
 
-    def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
+    def save_checkpoint(
+        self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None
+    ) -> None:
         with whole(path) as temporary:
             torch.save(checkpoint, temporary)
 
-    def load_checkpoint(self, path: Any, map_location: Any = None, weights_only: Any = None) -> Any:
-        return torch.load(path, map_location=map_location, weights_only=True)
+    def load_checkpoint(
+        self, path: Any, map_location: Any = None, weights_only: bool | None = True
+    ) -> dict[str, Any]:
+        return read_checkpoint(Path(path))
 
 
 class Bar(L.Callback):
     """Moves one task of a rich progress bar."""
 
-    def __init__(self, progress: Progress, task: Any) -> None:
+    def __init__(self, progress: Progress, task: TaskID) -> None:
         self.progress, self.task = progress, task
 
     def on_train_batch_end(self, trainer: L.Trainer, *_: Any) -> None:
         total = int(trainer.estimated_stepping_batches)
-        loss = trainer.callback_metrics.get("loss")
-        note = "" if loss is None else f"loss {float(loss):.3f}"
-        miou = trainer.callback_metrics.get("miou")
-        note += "" if miou is None else f"  mIoU {float(miou):.3f}"
+        shown = [
+            f"{label} {float(trainer.callback_metrics[name]):.3f}"
+            for name, label in (("loss", "loss"), ("miou", "mIoU"))
+            if name in trainer.callback_metrics
+        ]
+        note = "  ".join(shown)
         self.progress.update(self.task, completed=trainer.global_step, total=total, note=note)
 
 
 class Epochs(L.Callback):
-    """Tells the data set which epoch it is, so that its random crops can be drawn anew."""
+    """Makes what is random in an epoch depend on the seed and the epoch alone.
+
+    A resumed run then draws what an undisturbed one does.
+    """
+
+    def __init__(self, seed: int) -> None:
+        self.seed = seed
 
     def on_train_epoch_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:
+        torch.manual_seed(self.seed * 1_000_003 + trainer.current_epoch)
         data = trainer.train_dataloader.dataset  # type: ignore[union-attr]
         if hasattr(data, "set_epoch"):
             data.set_epoch(trainer.current_epoch)
 
 
-def fit(
-    config: Config,
-    train: Dataset,
-    val: Dataset | None,
-    out: Path | None = None,
-    callbacks: Sequence[L.Callback] = (),
-    val_every: int | None = None,
-    on_start: Callable[[nn.Module], None] | None = None,
-) -> tuple[nn.Module, list[dict[str, float]]]:
-    """Trains the model of `config`; the model in evaluation mode and its validation history.
-
-    With `out`, a checkpoint is written there after each epoch, and a run that finds one goes on
-    from it; `out/model.pt` is the result.
-    """
-    model = build(config)
-    if on_start is not None:
-        on_start(model)
-    task = Segmentation(model, config)
-    last = None if out is None else out / "last.ckpt"
-    with quiet():
-        L.seed_everything(config.seed, verbose=False)
-        trainer = L.Trainer(
-            max_epochs=config.epochs,
-            accelerator="auto",
-            devices=1,
-            logger=False,
-            enable_progress_bar=False,
-            enable_model_summary=False,
-            enable_checkpointing=last is not None,
-            callbacks=[*callbacks, Epochs(), *_checkpoints(out)],
-            plugins=[WholeCheckpoints()],
-            num_sanity_val_steps=0,
-            check_val_every_n_epoch=val_every or max(1, config.epochs // 6),
-            limit_val_batches=0 if val is None else 1.0,
-        )
-        trainer.fit(
-            task,
-            _loader(train, config),
-            None if val is None else DataLoader(val, batch_size=1),
-            ckpt_path=str(last) if last is not None and last.exists() else None,
-        )
-    model = task.model.cpu().eval()
-    if out is not None:
-        save_model(out / "model.pt", model, config)
-    return model, task.history
-
-
-def _checkpoints(out: Path | None) -> list[L.Callback]:
-    if out is None:
-        return []
-    saver = ModelCheckpoint(
-        out, filename="last", save_top_k=1, monitor=None, enable_version_counter=False,
-        save_on_train_epoch_end=True,
+def _saver(out: Path) -> ModelCheckpoint:
+    """Keeps out/last.ckpt, written after each epoch and its validation."""
+    return ModelCheckpoint(
+        out, filename="last", enable_version_counter=False, save_on_train_epoch_end=True
     )
-    return [saver]
 
 
 def _loader(data: Dataset, config: Config) -> DataLoader:
     """Batches in an order that depends on seed and epoch alone, so that a resumed run matches."""
-    sampler: DistributedSampler = DistributedSampler(
-        data, num_replicas=1, rank=0, seed=config.seed, drop_last=False
-    )
-    count = len(data)  # type: ignore[arg-type]
-    return DataLoader(
-        data, config.batch, sampler=sampler, drop_last=count > config.batch
-    )
+    order: DistributedSampler = DistributedSampler(data, num_replicas=1, rank=0, seed=config.seed)
+    return DataLoader(data, config.batch, sampler=order, drop_last=len(order) > config.batch)
 
 
 @contextmanager

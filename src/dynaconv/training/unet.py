@@ -1,8 +1,7 @@
 """A small U-Net of ordinary layers; :func:`dynaconv.convert` makes its dynamic versions."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
+from itertools import pairwise
 
 import torch
 import torch.nn.functional as F
@@ -44,7 +43,7 @@ class UNet(nn.Module):
         if len(widths) < 2 or min(widths) < 1:
             raise ValueError(f"UNet: needs two or more widths from 1, got {tuple(widths)}")
         first, *_, last = widths
-        pairs = list(zip(widths[:-1], widths[1:], strict=True))
+        pairs = list(pairwise(widths))
         self.stem = double(in_channels, first)
         self.encoder = nn.ModuleList(double(a, b) for a, b in pairs[:-1])
         self.bottleneck = double(pairs[-1][0], last)
@@ -52,10 +51,15 @@ class UNet(nn.Module):
         self.head = nn.Conv2d(first, classes, 1)
         self.multiple = 2 ** len(pairs)
 
+    def pad(self, image: Tensor) -> Tensor:
+        """image (N, C, H, W), its last row and column repeated so that every level halves it."""
+        height, width = image.shape[-2:]
+        border = (0, -width % self.multiple, 0, -height % self.multiple)
+        return F.pad(image, border, mode="replicate")
+
     def forward(self, image: Tensor) -> Tensor:
         height, width = image.shape[-2:]
-        pad = (0, -width % self.multiple, 0, -height % self.multiple)
-        x = self.stem(F.pad(image, pad, mode="replicate"))
+        x = self.stem(self.pad(image))
         skips = [x]
         for block in [*self.encoder, self.bottleneck]:
             x = block(F.max_pool2d(x, 2))

@@ -74,22 +74,37 @@ def _at(weight: Tensor, tap: tuple[int, ...]) -> Tensor:
 
 def _backward(grad: Tensor, input: Tensor, weight: Tensor, *rest: Any) -> list[Tensor | None]:
     *settings, mask = rest
-    geometry, groups = _geometry(input, weight, tuple(settings)), weight.shape[1]
+    geometry = _geometry(input, weight, tuple(settings))
     if not input.numel():
         return [torch.zeros_like(input), torch.zeros_like(weight)]
-    g, padded = grad.unflatten(1, (groups, -1)), _pad(input, geometry, groups)
-    gx = _accumulator(padded.flatten(1, 2).shape, input) if mask[0] else None
-    gx_grouped = gx.unflatten(1, (groups, -1)) if gx is not None else None
-    gw = torch.empty_like(weight, memory_format=torch.contiguous_format)
-    for tap, seen in _taps(geometry, tuple(grad.shape[2:])):
-        if gx_grouped is not None:
-            gx_grouped[(..., *seen)].addcmul_(_at(weight, tap), g)
-        if mask[1]:
-            gw[(slice(None), slice(None), *tap)] = (g * padded[(..., *seen)]).sum(2)
-    if gx is not None:
-        inner = [slice(p, p + n) for p, n in zip(geometry.padding, input.shape[2:], strict=True)]
-        gx = gx[(..., *inner)].to(input.dtype)
+    # One after the other: together, their operands do not fit into the cache.
+    gx = _input_gradient(grad, input, weight, geometry) if mask[0] else None
+    gw = _weight_gradient(grad, input, weight, geometry) if mask[1] else None
     return [gx, gw]
+
+
+def _input_gradient(grad: Tensor, input: Tensor, weight: Tensor, geometry: Geometry) -> Tensor:
+    """dx[p + k] += weight[k, p] g[p], tap by tap."""
+    groups = weight.shape[1]
+    size = [n + 2 * p for n, p in zip(input.shape[2:], geometry.padding, strict=True)]
+    padded = _accumulator((*input.shape[:2], *size), input)
+    grouped, g = padded.unflatten(1, (groups, -1)), grad.unflatten(1, (groups, -1))
+    for tap, seen in _taps(geometry, tuple(grad.shape[2:])):
+        grouped[(..., *seen)].addcmul_(_at(weight, tap), g)
+    inner = [slice(p, p + n) for p, n in zip(geometry.padding, input.shape[2:], strict=True)]
+    return padded[(slice(None), slice(None), *inner)].to(input.dtype)
+
+
+def _weight_gradient(grad: Tensor, input: Tensor, weight: Tensor, geometry: Geometry) -> Tensor:
+    """dweight[k, p] = sum_c g[c, p] x[c, p + k], tap by tap."""
+    groups = weight.shape[1]
+    padded, g = _pad(input, geometry, groups), grad.unflatten(1, (groups, -1))
+    gw = torch.empty_like(weight, memory_format=torch.contiguous_format)
+    product_ = torch.empty_like(g)
+    for tap, seen in _taps(geometry, tuple(grad.shape[2:])):
+        torch.mul(g, padded[(..., *seen)], out=product_)
+        torch.sum(product_, 2, out=gw[(slice(None), slice(None), *tap)])
+    return gw
 
 
 def _reference(input: Tensor, weight: Tensor, *settings: Any) -> Tensor:

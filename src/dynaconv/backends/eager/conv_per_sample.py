@@ -1,17 +1,18 @@
 """conv_per_sample in ATen: grouped convolution, a loop of convolutions, or matrix products.
 
-The cost rule, from benchmarks/conv_per_sample.py on a CPU:
+The cost rule, from `benchmarks/conv_per_sample.py --rule` on a CPU:
 
 - a single tap without stride or padding is one batched matrix product;
-- a loop over samples costs some 30 microseconds a sample and runs each convolution at a static
-  one's speed; grouping the batch costs nothing a sample, but lays out every kernel anew, which
-  dominates where kernels are large. So: loop where a sample's kernel has LARGE elements or more,
-  group elsewhere, in 3-D (where one-sample convolutions are slow), and on other devices;
-- the gradient of the kernel is a matrix product with the unfolded input where positions are few
-  beside channels: the unfolded input is then small beside the kernels.
+- grouping the batch costs nothing a sample, but lays out every kernel anew, which dominates once
+  all N kernels together leave the cache (LARGE numbers). A loop costs some 30 microseconds a sample
+  and runs each convolution at a static one's speed, which pays for kernels of BIG numbers or more;
+  in 3-D, where one-sample convolutions are slow, only where positions are few;
+- the gradient of the kernel is a matrix product with the unfolded input where positions are fewer
+  than half the output channels: unfolded, a sample is then small beside its kernel. Only as many
+  samples as fit into CHUNK numbers are unfolded at a time.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from math import prod
 from typing import Any
 
@@ -22,7 +23,9 @@ from dynaconv.backends import reference
 from dynaconv.backends.eager.ops import GEOMETRY, Operator, gradient_like, output_like
 from dynaconv.shapes import Geometry
 
-LARGE = 2**17
+LARGE, BIG, CHUNK = 2**22, 2**18, 2**20
+# Positions of a 3-D input for which a loop can pay.
+FEW = 64
 # stride, padding and dilation as lists, then groups, as the operator gets them.
 Settings = Sequence[Any]
 
@@ -32,15 +35,16 @@ def formulation(input: Tensor, weight: Tensor, settings: Settings) -> str:
     stride, padding, _, groups = settings
     if prod(weight.shape[3:]) == 1 and groups == 1 and max(stride) == 1 and max(padding) == 0:
         return "matmul"
-    large = weight[:1].numel() >= LARGE and input.dim() < 5 and input.device.type == "cpu"
-    return "loop" if large else "grouped"
+    loop = weight.numel() >= LARGE and prod(weight.shape[1:]) >= BIG
+    loop = loop and (input.dim() < 5 or prod(input.shape[2:]) <= FEW)
+    return "loop" if loop and input.device.type == "cpu" else "grouped"
 
 
 def weight_formulation(grad: Tensor, input: Tensor, weight: Tensor, settings: Settings) -> str:
     """Which formulation computes the kernels' gradient."""
     choice = formulation(input, weight, settings)
-    few = 4 * prod(grad.shape[2:]) < weight.shape[1] and settings[3] == 1
-    return "unfold" if choice == "loop" and few else choice
+    few = 2 * prod(grad.shape[2:]) <= weight.shape[1] and settings[3] == 1
+    return "unfold" if few and choice != "matmul" and input.device.type == "cpu" else choice
 
 
 def static(x: Tensor, w: Tensor, settings: Settings, b: Tensor | None = None) -> Tensor:
@@ -135,9 +139,19 @@ def unfold_backward(
     """The weight's gradient only: g[n] columns[n]^T."""
     stride, padding, dilation, _ = settings
     geometry = Geometry(tuple(weight.shape[3:]), tuple(stride), tuple(padding), tuple(dilation))
-    window, size = reference.windows(input, geometry)
-    columns = window.flatten(2 + len(size)).flatten(1, -2)
-    return [input, torch.bmm(grad.flatten(2), columns.transpose(1, 2)).reshape(weight.shape)]
+    gw = weight.new_empty(len(weight), weight.shape[1], prod(weight.shape[2:]))
+    for part in chunks(len(input), prod(weight.shape[2:]) * prod(grad.shape[2:])):
+        window, size = reference.windows(input[part], geometry)
+        columns = window.flatten(2 + len(size)).flatten(1, -2)
+        torch.bmm(grad[part].flatten(2), columns.transpose(1, 2), out=gw[part])
+    return [input, gw.reshape(weight.shape)]
+
+
+def chunks(batch: int, numbers: int) -> Iterator[slice]:
+    """Slices of the batch that hold CHUNK numbers, of `numbers` a sample; at least one sample."""
+    size = max(1, CHUNK // max(numbers, 1))
+    for start in range(0, batch, size):
+        yield slice(start, min(start + size, batch))
 
 
 FORMULATIONS = {

@@ -1,6 +1,6 @@
 """What every family promises, as checks that anybody can run on a family of their own.
 
-    dynaconv.contract.check_family("odconv")
+    dynaconv.testing.check_family("odconv")
 
 Each check takes a class (one rank of a family) and constructor arguments, and raises
 AssertionError with what was found. `CHECKS` lists them; a family is covered by being registered.
@@ -20,6 +20,7 @@ from dynaconv.dispatch import backend, backends
 from dynaconv.layers.base import ConvNd, DynamicConv, conv_nd
 from dynaconv.masking import mask_from_sizes, sizes_from_mask
 from dynaconv.registry import family
+from dynaconv.testing.tolerance import close
 
 SIZES = {1: (11,), 2: (9, 10), 3: (6, 7, 8)}
 Arguments = dict[str, Any]
@@ -71,17 +72,6 @@ def static_arguments(arguments: Arguments) -> Arguments:
 def static_conv(cls: type[DynamicConv], arguments: Arguments) -> ConvNd:
     """The nn.ConvNd of the same arguments, in float64."""
     return conv_nd(cls.rank, **static_arguments(arguments)).double()
-
-
-def close(actual: Tensor, expected: Tensor, what: str, tolerance: float = 1e-9) -> None:
-    """Equal up to `tolerance` of the expected tensor's largest value."""
-    if actual.shape != expected.shape:
-        raise AssertionError(f"{what}: shape {tuple(actual.shape)}, not {tuple(expected.shape)}")
-    difference = (actual - expected).detach()
-    scale = expected.detach().abs().max().item() if expected.numel() else 0.0
-    error = difference.abs().max().item() if expected.numel() else 0.0
-    if not error <= tolerance * max(scale, 1e-3):
-        raise AssertionError(f"{what}: off by {error:.3g} at values up to {scale:.3g}")
 
 
 def require(condition: object, what: str) -> None:

@@ -1,7 +1,4 @@
-"""For testing a backend or a primitive: fresh sample calls, the tolerances, the comparison.
-
-    dynaconv.testing.check_primitive("conv_per_position", "eager")
-"""
+"""Every primitive on every backend against the float64 reference, on fresh random calls."""
 
 from collections.abc import Callable, Iterator
 from itertools import product
@@ -14,14 +11,8 @@ from torch import Tensor
 from dynaconv import functional
 from dynaconv.dispatch import backend
 from dynaconv.shapes import resolve_padding
+from dynaconv.testing.tolerance import TOLERANCE, close
 
-# Largest error, relative to the largest value of the float64 reference, by dtype of the data.
-TOLERANCE = {
-    torch.float64: 1e-11,
-    torch.float32: 1e-5,
-    torch.float16: 1e-2,
-    torch.bfloat16: 6e-2,
-}
 SIZES = {1: (11,), 2: (7, 9), 3: (5, 4, 6)}
 Tensors = dict[str, Tensor]
 Call = tuple[Tensors, dict[str, Any]]
@@ -81,21 +72,9 @@ def check_primitive(
             actual = _run(primitive, name, tensors, settings, dtype, change)
             for what, tensor in actual.items():
                 label = f"{primitive} on {name}, {rank}-D, {settings}: {what}"
-                compare(tensor, expected[what], dtype, label)
+                close(tensor, expected[what], label, TOLERANCE[dtype])
             count += 1
     return count
-
-
-def compare(actual: Tensor, expected: Tensor, dtype: torch.dtype, what: str) -> None:
-    """AssertionError unless shapes agree and the error is within TOLERANCE[dtype]."""
-    if actual.shape != expected.shape:
-        raise AssertionError(f"{what}: shape {tuple(actual.shape)}, not {tuple(expected.shape)}")
-    if not expected.numel():
-        return
-    error = (actual.detach().double() - expected.detach()).abs().max().item()
-    scale = max(expected.detach().abs().max().item(), 1e-3)
-    if not error <= TOLERANCE[dtype] * scale:
-        raise AssertionError(f"{what}: off by {error:.3g} at values up to {scale:.3g}")
 
 
 def _run(
@@ -111,10 +90,15 @@ def _run(
     with backend(name):
         changed = {key: change(t) for key, t in leaves.items()}
         output = getattr(functional, primitive)(**changed, **settings)
-    upstream = torch.cos(torch.arange(output.numel(), dtype=torch.float64)).reshape(output.shape)
-    gradients = torch.autograd.grad(output, list(leaves.values()), upstream.to(output.dtype))
+    gradients = torch.autograd.grad(output, list(leaves.values()), _upstream(output))
     named = {f"gradient of {key}": g for key, g in zip(leaves, gradients, strict=True)}
     return {"output": output} | named
+
+
+def _upstream(output: Tensor) -> Tensor:
+    """A gradient of the output, in sixteenths: exact in every dtype."""
+    wave = torch.cos(torch.arange(output.numel(), dtype=torch.float64))
+    return ((16 * wave).round() / 16).to(output.dtype).reshape(output.shape)
 
 
 def _tuple(value: Any, rank: int) -> tuple[int, ...]:
@@ -162,7 +146,8 @@ def _deform(rank: int, batch: int, groups: int, geometry: dict) -> Call:
     tensors = {
         "input": torch.randn(batch, 4, *SIZES[rank]),
         # Sixteenths: exact in every dtype, and between the points, where gradients are continuous.
-        "offset": (16 * torch.randn(batch, offset_groups * taps * rank, *size)).round() / 8 + 1 / 16,
+        "offset": (16 * torch.randn(batch, offset_groups * taps * rank, *size)).round() / 8
+        + 1 / 16,
         "weight": torch.randn(6, 4 // groups, *kernel),
     }
     if groups == 1:

@@ -1,0 +1,176 @@
+"""Time and peak memory of several ways to compute the same, side by side in one run.
+
+Every contender is first compared with the float64 reference: no number is printed for a result
+that is wrong. Then all of them run once a round, in turns; a ratio is taken within a round, so that
+a slow moment of the machine hits both of its sides, and the median over the rounds is printed.
+Peak memory is what the process holds at most during a call beyond what it held before.
+"""
+
+import ctypes
+import gc
+import platform
+import statistics
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+ROUNDS, SECONDS = 7, 2.0
+STATUS, CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
+
+
+@dataclass
+class Contender:
+    """One way to compute: `run(*tensors)`; `leaves` are the tensors whose gradients are taken.
+
+    check=False marks a baseline that computes something else, such as the static convolution.
+    """
+
+    name: str
+    run: Callable[..., Tensor]
+    tensors: Sequence[Tensor | None]
+    check: bool = True
+
+    def forward(self) -> Tensor:
+        with torch.no_grad():
+            return self.run(*self.tensors)
+
+    def both(self) -> tuple[Tensor, ...]:
+        """Forward and backward: the gradients."""
+        leaves = [t.detach().requires_grad_() for t in self.tensors if t is not None]
+        given = iter(leaves)
+        output = self.run(*[None if t is None else next(given) for t in self.tensors])
+        return torch.autograd.grad(output, leaves, torch.ones_like(output))
+
+
+@dataclass
+class Line:
+    """What was measured of one contender: milliseconds, ratios to the baseline, MB."""
+
+    name: str
+    forward: list[float] = field(default_factory=list)
+    both: list[float] = field(default_factory=list)
+    memory: tuple[float, float] = (float("nan"), float("nan"))
+
+
+def compare(title: str, contenders: list[Contender], tolerance: float = 1e-4) -> None:
+    """Checks, times and prints; the first contender is what the ratios refer to."""
+    check(title, contenders, tolerance)
+    keep_freed_memory(True)
+    lines = [Line(c.name) for c in contenders]
+    for step, column in ((Contender.forward, "forward"), (Contender.both, "both")):
+        rounds(contenders, step, [getattr(line, column) for line in lines])
+    for contender, line in zip(contenders, lines, strict=True):
+        line.memory = peak(contender.forward), peak(contender.both)
+    show(title, lines)
+
+
+def check(title: str, contenders: list[Contender], tolerance: float) -> None:
+    """AssertionError unless every contender that says so agrees with the last one, in values
+    and gradients; the last is given in float64."""
+    checked = [c for c in contenders if c.check]
+    reference = contenders.pop()
+    expected = (reference.forward(), *reference.both())
+    for contender in checked[:-1]:
+        for what, value in zip(expected, (contender.forward(), *contender.both()), strict=True):
+            error = (value.double() - what).abs().max() / what.abs().max().clamp(min=1e-6)
+            if not error <= tolerance:
+                raise AssertionError(f"{title}: {contender.name} is wrong, relative error {error}")
+
+
+def rounds(contenders: list[Contender], step: Callable, columns: list[list[float]]) -> None:
+    """Milliseconds of `step` for each contender, one entry a round."""
+    spent = [timed(step, c) for c in contenders]  # warm-up
+    count = max(ROUNDS, min(101, int(1e3 * SECONDS / max(sum(spent), 1e-3))))
+    for _ in range(count):
+        for contender, column in zip(contenders, columns, strict=True):
+            column.append(timed(step, contender))
+
+
+def timed(step: Callable, contender: Contender) -> float:
+    start = time.perf_counter()
+    step(contender)
+    return 1e3 * (time.perf_counter() - start)
+
+
+def peak(call: Callable[[], Any]) -> float:
+    """MB that the process holds at most during the call, beyond what it held before."""
+    if not CLEAR.exists():
+        return float("nan")
+    keep_freed_memory(False)
+    call()
+    gc.collect()
+    ctypes.CDLL(None).malloc_trim(0)
+    CLEAR.write_text("5")  # sets the high-water mark to what is held now
+    before = status("VmRSS")
+    call()
+    held = status("VmHWM") - before
+    keep_freed_memory(True)
+    return held / 1024
+
+
+def keep_freed_memory(keep: bool) -> None:
+    """Whether freed blocks up to 32 MB stay with the process, as in a long run, or go back."""
+    if CLEAR.exists():
+        libc = ctypes.CDLL(None)
+        libc.mallopt(-3, (1 << 25) if keep else (1 << 16))  # M_MMAP_THRESHOLD
+        libc.mallopt(-1, (1 << 26) if keep else (1 << 17))  # M_TRIM_THRESHOLD
+
+
+def status(key: str) -> int:
+    """A figure of this process in kB."""
+    return next(int(s.split()[1]) for s in STATUS.read_text().splitlines() if s.startswith(key))
+
+
+def show(title: str, lines: list[Line]) -> None:
+    """A Markdown table that reads as plain text too."""
+    base = lines[0]
+    print(f"\n**{title}**\n")
+    width = max(len(line.name) for line in lines)
+    print(
+        f"| {'':{width}} | forward ms | ratio | forward + backward ms | ratio "
+        "| peak MB | with backward |"
+    )
+    print(f"|{'-' * (width + 2)}|---:|---:|---:|---:|---:|---:|")
+    for line in lines:
+        cells = [f"{line.name:{width}}"]
+        for mine, theirs in ((line.forward, base.forward), (line.both, base.both)):
+            ratio = statistics.median(a / b for a, b in zip(mine, theirs, strict=True))
+            cells += [f"{statistics.median(mine):10.2f}", f"{ratio:5.2f}"]
+        cells += [f"{value:7.1f}" for value in line.memory]
+        print(f"| {' | '.join(cells)} |", flush=True)
+
+
+def header(script: str) -> None:
+    """What the numbers below depend on."""
+    print(f"## {Path(script).stem}\n")
+    print(f"{processor()}, {torch.get_num_threads()} threads, torch {torch.__version__}, float32.")
+    print("Ratios are to the first line of each table, median over rounds taken in turns.")
+
+
+def processor() -> str:
+    info = Path("/proc/cpuinfo")
+    if info.exists():
+        for line in info.read_text().splitlines():
+            if line.startswith("model name"):
+                return line.split(":", 1)[1].strip()
+    return platform.processor() or platform.machine()
+
+
+@contextmanager
+def forced(module: ModuleType, **choices: Callable) -> Iterator[None]:
+    """Replaces functions of a module, such as its cost rule."""
+    kept = {name: getattr(module, name) for name in choices}
+    for name, value in choices.items():
+        setattr(module, name, value)
+    try:
+        yield
+    finally:
+        for name, value in kept.items():
+            setattr(module, name, value)

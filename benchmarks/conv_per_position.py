@@ -1,0 +1,65 @@
+"""A kernel for each position: shift and accumulate against the unfolded copy."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from common import Contender, compare, header
+from dynaconv import backend
+from dynaconv.functional import conv_per_position
+
+# batch, channels, size, kernel, groups
+CASES = {
+    2: [(8, 64, 56, 7, 4), (16, 128, 28, 7, 8), (4, 64, 112, 3, 4)],
+    1: [(16, 512, 512, 31, 8)],
+    3: [(2, 32, 16, 3, 2)],
+}
+CONVS = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
+
+
+def unfolded(x: Tensor, w: Tensor, padding: int) -> Tensor:
+    """As published for involution: im2col, then a product and a sum over the taps."""
+    (batch, groups, *kernel), size = w.shape[: w.dim() // 2 + 1], x.shape[2:]
+    if x.dim() == 3:
+        x, kernel, pad = x.unsqueeze(2), [1, *kernel], (0, padding)
+    else:
+        pad = (padding, padding)
+    columns = F.unfold(x, kernel, padding=pad).reshape(
+        batch, groups, x.shape[1] // groups, -1, *size
+    )
+    return (w.reshape(batch, groups, 1, -1, *size) * columns).sum(3).reshape(batch, -1, *size)
+
+
+def run(batch: int, channels: int, size: int, kernel: int, groups: int, rank: int) -> None:
+    shape = [size] * rank
+    x = torch.randn(batch, channels, *shape)
+    w = torch.randn(batch, groups, *[kernel] * rank, *shape) / kernel**rank
+    depthwise = torch.randn(channels, 1, *[kernel] * rank)
+    pad = kernel // 2
+
+    def reference(x: Tensor, w: Tensor) -> Tensor:
+        with backend("reference"):
+            return conv_per_position(x, w, padding=pad)
+
+    static = lambda x, w: CONVS[rank](x, w, padding=pad, groups=channels)
+    contenders = [
+        Contender("dynaconv", lambda x, w: conv_per_position(x, w, padding=pad), (x, w)),
+        Contender("static depthwise", static, (x, depthwise), check=False),
+    ]
+    if rank < 3:
+        contenders.append(Contender("copied: unfold", lambda x, w: unfolded(x, w, pad), (x, w)))
+    contenders += [
+        Contender("dynaconv, reference", reference, (x, w)),
+        Contender("reference", reference, (x.double(), w.double())),
+    ]
+    compare(
+        f"{rank}-D, batch {batch}, {channels} channels, size {size}, kernel {kernel}, {groups} groups",
+        contenders,
+    )
+
+
+if __name__ == "__main__":
+    header(__file__)
+    for rank, cases in CASES.items():
+        for case in cases:
+            run(*case, rank)

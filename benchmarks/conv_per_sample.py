@@ -1,0 +1,87 @@
+"""One kernel a sample: each formulation, what people copy, and the static convolution."""
+
+import importlib
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from common import Contender, compare, forced, header
+from dynaconv import backend
+from dynaconv.functional import conv_per_sample
+
+ours = importlib.import_module("dynaconv.backends.eager.conv_per_sample")
+# batch, channels, size, kernel
+CASES = {
+    2: [(8, 64, 56, 3), (16, 128, 28, 3), (32, 256, 14, 3), (32, 512, 7, 3), (16, 256, 14, 1)],
+    1: [(16, 256, 512, 3), (16, 512, 64, 5)],
+    3: [(4, 32, 16, 3)],
+}
+CONVS = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
+
+
+def folded(x: Tensor, w: Tensor, padding: int) -> Tensor:
+    """As most published layers do it: the batch folded into groups."""
+    conv = CONVS[x.dim() - 2]
+    y = conv(x.reshape(1, -1, *x.shape[2:]), w.flatten(0, 1), padding=padding, groups=len(x))
+    return y.reshape(len(x), -1, *y.shape[2:])
+
+
+def looped(x: Tensor, w: Tensor, padding: int) -> Tensor:
+    conv = CONVS[x.dim() - 2]
+    return torch.cat([conv(x[i : i + 1], w[i], padding=padding) for i in range(len(x))])
+
+
+def unfolded(x: Tensor, w: Tensor, padding: int) -> Tensor:
+    """2-D only."""
+    columns = F.unfold(x, tuple(w.shape[3:]), padding=padding)
+    return torch.bmm(w.flatten(2), columns).unflatten(2, x.shape[2:])
+
+
+def with_formulation(name: str, x: Tensor, w: Tensor, padding: int) -> Tensor:
+    choose = lambda *a: name
+    forward = "grouped" if name == "unfold" else name
+    with forced(ours, formulation=lambda *a: forward, weight_formulation=choose):
+        return conv_per_sample(x, w, padding=padding)
+
+
+def run(batch: int, channels: int, size: int, kernel: int, rank: int) -> None:
+    x = torch.randn(batch, channels, *[size] * rank)
+    w = torch.randn(batch, channels, channels, *[kernel] * rank) / (channels * kernel**rank) ** 0.5
+    pad = kernel // 2
+    static = lambda x, w: CONVS[rank](x, w, padding=pad)
+    dynamic = lambda x, w: conv_per_sample(x, w, padding=pad)
+
+    def reference(x: Tensor, w: Tensor) -> Tensor:
+        with backend("reference"):
+            return conv_per_sample(x, w, padding=pad)
+
+    contenders = [
+        Contender("static convolution", static, (x, w[0].clone()), check=False),
+        Contender("dynaconv", dynamic, (x, w)),
+        Contender("copied: batch in groups", lambda x, w: folded(x, w, pad), (x, w)),
+        Contender("copied: loop", lambda x, w: looped(x, w, pad), (x, w)),
+        *(
+            [Contender("copied: unfold and bmm", lambda x, w: unfolded(x, w, pad), (x, w))]
+            if rank == 2
+            else []
+        ),
+        *[
+            Contender(
+                f"dynaconv, {name}", lambda x, w, n=name: with_formulation(n, x, w, pad), (x, w)
+            )
+            for name in ours.FORMULATIONS
+            if kernel == 1 or name != "matmul"
+        ],
+        Contender("reference", reference, (x.double(), w.double())),
+    ]
+    compare(
+        f"{rank}-D, batch {batch}, {channels} channels, size {size}, kernel {kernel}", contenders
+    )
+
+
+if __name__ == "__main__":
+    header(__file__)
+    for rank, cases in CASES.items():
+        for case in cases:
+            run(*case, rank)

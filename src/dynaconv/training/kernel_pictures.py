@@ -1,0 +1,311 @@
+"""Pictures of what the kernels of a model did on an image.
+
+They go by the names and shapes of what `DynamicConv.kernels` returns, not by family, so that a
+new family has its pictures at once.
+"""
+
+import textwrap
+from collections.abc import Callable
+from dataclasses import dataclass
+from math import floor, log10, prod
+from typing import Any
+
+import torch
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.image import AxesImage
+from torch import Tensor
+
+from dynaconv.training.model import dynamic_layers, normalise
+from dynaconv.training.pictures import frame, panels, show_image
+from dynaconv.training.unet import UNet
+
+Kernels = dict[str, Tensor]
+BLUE = "#4477aa"
+SHARES = ("#4477aa", "#ee6677", "#228833", "#ccbb44", "#66ccee", "#aa3377", "#bbbbbb")
+ARROWS = 12  # arrows along a side
+KERNELS = 5  # per-position kernels along a side
+BARS_WITH_NUMBERS = 6
+
+
+@dataclass(frozen=True)
+class Ground:
+    """What a panel is drawn over: `image` (3, H, W), and its size once padded for the model.
+
+    `window` is the layer's kernel size.
+    """
+
+    image: Tensor
+    padded: tuple[int, int]
+    window: tuple[int, ...]
+
+    def cell(self, positions: Tensor) -> tuple[float, float]:
+        """Height and width in pixels of a position of a map (..., h, w)."""
+        height, width = positions.shape[-2:]
+        return self.padded[0] / height, self.padded[1] / width
+
+
+# Draws values (no batch dimension) and returns what their numbers say.
+Drawer = Callable[[Axes, Tensor, Ground], str]
+
+
+def capture(model: UNet, image: Tensor) -> dict[str, Kernels]:
+    """For one image (3, H, W): what each dynamic layer made of its kernel, by layer name."""
+    found: dict[str, Kernels] = {}
+
+    def keep(name: str) -> Callable:
+        return lambda layer, inputs: found.__setitem__(name, layer.kernels(*inputs))
+
+    layers = dynamic_layers(model).items()
+    hooks = [layer.register_forward_pre_hook(keep(name)) for name, layer in layers]
+    try:
+        with torch.no_grad():
+            model.eval()(normalise(image)[None])
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return found
+
+
+def draw_kernels(model: UNet, image: Tensor, most: int = 4) -> Figure:
+    """The image (3, H, W), and for up to `most` layers a column with a panel for each quantity."""
+    found, layers = capture(model, image), dynamic_layers(model)
+    chosen = spread(list(found), most)
+    keys = list(dict.fromkeys(key for name in chosen for key in found[name]))
+    keys.sort(key=lambda key: key != "coefficients")  # first what tells most
+    shape = min(1.6, max(0.6, image.shape[1] / image.shape[2]))
+    figure, axes = panels(len(keys), 1 + len(chosen), 2.7, 2.5 * shape + 0.5)
+    for cell in axes.flat:
+        cell.axis("off")
+    show_image(frame(axes[0, 0], "input"), image)
+    height, width = model.pad(image[None]).shape[-2:]
+    for column, name in enumerate(chosen, start=1):
+        ground = Ground(image, (height, width), layers[name].kernel_size)
+        for row, key in enumerate(k for k in keys if k in found[name]):
+            cell = axes[row, column]
+            cell.axis("on")
+            values = found[name][key][0].float()
+            said = drawer(key, values, ground)(cell, values, ground)
+            cell.set_title(f"{name}\n{key}: {said}" if row == 0 else f"{key}: {said}")
+    return figure
+
+
+def draw_with_captions(model: UNet, image: Tensor, most: int = 4) -> Figure:
+    """`draw_kernels` with an explanation under it."""
+    figure = draw_kernels(model, image, most)
+    width = int(figure.get_figwidth() * 14)
+    lines = [
+        textwrap.fill(text, width) for text in captions(next(iter(capture(model, image).values())))
+    ]
+    figure.supxlabel("\n".join(lines), fontsize=9, x=0.02, ha="left")
+    return figure
+
+
+def spread(names: list[str], most: int) -> list[str]:
+    """Up to `most` names, evenly from first to last."""
+    if len(names) <= most:
+        return names
+    steps = max(1, most - 1)
+    return [names[round(i * (len(names) - 1) / steps)] for i in range(most)]
+
+
+def drawer(key: str, values: Tensor, ground: Ground) -> Drawer:
+    """The picture for a quantity, by its name where that says more than its shape."""
+    if key == "offset" and values.dim() == 3 and values.shape[0] % 2 == 0:
+        return draw_offsets
+    if key == "spatial" and values.numel() == prod(ground.window):
+        return draw_taps
+    if values.numel() == 1:
+        return draw_number
+    return BY_DIMENSIONS.get(values.dim(), draw_shape)
+
+
+def captions(kernels: Kernels) -> list[str]:
+    """What a newcomer sees in the panels of a layer's quantities, a sentence each."""
+    return [f"{key}: {_caption(key, values[0].dim())}" for key, values in kernels.items()]
+
+
+def _caption(key: str, dimensions: int) -> str:
+    if key == "coefficients" and dimensions == 2:
+        return (
+            "for every output channel (left to right, sorted), how much of it comes from each "
+            "kernel size; branch 1 is the smallest. Chosen anew for each image."
+        )
+    return MEANINGS.get(key, "what the layer made of this image.")
+
+
+MEANINGS = {
+    "offset": (
+        "each arrow starts at an output position and shows where the kernel's most displaced tap "
+        "looks instead of its regular place. Arrows are enlarged as the title says; lengths in "
+        "the title are in positions of the layer's feature map."
+    ),
+    "modulation": "how much the taps count at each position, the mean over taps.",
+    "coefficients": "the weight of each expert kernel in the kernel that is used on this image.",
+    "weight": (
+        "the kernel that the layer made for that very place in the image (first channel group); "
+        "red is negative, blue positive."
+    ),
+    "channel": "a factor on each input channel, made from this image; the line is their mean.",
+    "filter": "a factor on each output channel, made from this image; the line is their mean.",
+    "spatial": "a factor on each tap of the kernel, made from this image.",
+}
+
+
+def draw_offsets(axes: Axes, values: Tensor, ground: Ground) -> str:
+    """values (pairs * 2, h, w): at some positions the longest of the (row, column) offsets."""
+    shifts = values.unflatten(0, (-1, 2))
+    length = shifts.norm(dim=1)
+    longest = length.argmax(0).expand(1, 2, -1, -1)
+    arrow = shifts.gather(0, longest)[0]
+    rows, columns = (_places(n, ARROWS) for n in values.shape[1:])
+    high, wide = ground.cell(values)
+    dy, dx = arrow[0][rows][:, columns] * high, arrow[1][rows][:, columns] * wide
+    y, x = torch.meshgrid((rows + 0.5) * high, (columns + 0.5) * wide, indexing="ij")
+    spacing = min(ground.padded[0] / len(rows), ground.padded[1] / len(columns))
+    enlarged = _enlargement(torch.hypot(dy, dx), spacing)
+    show_image(frame(axes), ground.image, alpha=0.5)
+    head: dict[str, Any] = {"width": 0.007, "headwidth": 3.5, "headlength": 4, "headaxislength": 4}
+    scale: dict[str, Any] = {"angles": "xy", "scale_units": "xy", "scale": 1 / enlarged}
+    axes.quiver(x, y, dx, dy, color="#b3001b", **scale, **head)
+    _to_image(axes, ground)
+    return f"mean {length.mean():.2f}, max {length.max():.2f}\narrows x{enlarged:g}"
+
+
+def _enlargement(lengths: Tensor, spacing: float) -> float:
+    """A round factor with which most arrows are about as long as the space between them."""
+    typical = float(lengths.flatten().quantile(0.9))
+    if typical == 0:
+        return 1
+    wanted = 1.3 * spacing / typical
+    power = 10.0 ** floor(log10(wanted))
+    return max(step * power for step in (1, 1.5, 2, 3, 5, 7) if step * power <= wanted)
+
+
+def draw_per_position(axes: Axes, values: Tensor, ground: Ground) -> str:
+    """values (G, kh, kw, h, w): the kernel of the first group at some places of the image."""
+    kernels = values[0]
+    height, width = ground.image.shape[1:]
+    show_image(frame(axes), ground.image, alpha=0.45)
+    high, wide = ground.cell(values)
+    limit = float(kernels.abs().quantile(0.99)) or 1.0
+    count = min(KERNELS, *kernels.shape[-2:])
+    for i in range(count):
+        for j in range(count):
+            top, left = (i + 0.15) * height / count, (j + 0.15) * width / count
+            row, column = (
+                int((i + 0.5) * height / count / high),
+                int((j + 0.5) * width / count / wide),
+            )
+            extent = (left, left + 0.7 * width / count, top + 0.7 * height / count, top)
+            kernel = kernels[:, :, row, column]
+            axes.imshow(kernel, cmap="RdBu", vmin=-limit, vmax=limit, extent=extent, zorder=2)
+    _to_image(axes, ground)
+    return (
+        f"{kernels.shape[0]}x{kernels.shape[1]} at {count}x{count} places\ncolours to ±{limit:.2g}"
+    )
+
+
+def draw_map(axes: Axes, values: Tensor, ground: Ground) -> str:
+    """values (c, h, w): the mean over c, as a map over the image."""
+    mean = values.mean(0)
+    height, width = ground.padded
+    drawn = frame(axes).imshow(mean, cmap="viridis", extent=(0, width, height, 0))
+    _to_image(axes, ground)
+    _colour_bar(axes, drawn)
+    return f"{mean.min():.2f} to {mean.max():.2f}"
+
+
+def draw_taps(axes: Axes, values: Tensor, ground: Ground) -> str:
+    """values (kh * kw,): a number in each tap of the kernel."""
+    taps = values.reshape(ground.window)
+    low, high = float(values.min()), float(values.max())
+    # Only the lighter half of the colours, so that the numbers stay readable.
+    frame(axes).imshow(taps, cmap="Blues", vmin=low, vmax=2 * high - low + 1e-6)
+    for row, line in enumerate(taps.tolist()):
+        for column, value in enumerate(line):
+            axes.text(column, row, f"{value:.2f}", ha="center", va="center")
+    return f"{values.min():.2f} to {values.max():.2f}"
+
+
+def draw_bars(axes: Axes, values: Tensor, ground: Ground) -> str:
+    """values (n,): a bar each; where there are many, as deviations from their mean."""
+    places = range(1, len(values) + 1)
+    if len(values) <= BARS_WITH_NUMBERS:
+        axes.bar_label(axes.bar(places, values, width=0.7, color=BLUE), fmt="%.2f")
+        axes.set_xticks(places)
+    else:
+        mean = float(values.mean())
+        axes.bar(places, values - mean, bottom=mean, width=0.8, color=BLUE)
+        axes.axhline(mean, color="black", linewidth=0.8)
+    axes.margins(x=0.02, y=0.15)
+    axes.set_box_aspect(1)
+    axes.spines[["top", "right"]].set_visible(False)
+    return f"{values.min():.2f} to {values.max():.2f}"
+
+
+def draw_shares(axes: Axes, values: Tensor, ground: Ground) -> str:
+    """values (B, C): for each channel its values stacked, channels sorted by the first."""
+    ordered = values[:, values[0].argsort(descending=True)]
+    bottom = torch.zeros(values.shape[1])
+    for branch, share in enumerate(ordered):
+        style: dict[str, Any] = {
+            "width": 1.0,
+            "color": SHARES[branch % len(SHARES)],
+            "label": f"branch {branch + 1}",
+        }
+        axes.bar(range(values.shape[1]), share, bottom=bottom, **style)
+        bottom = bottom + share
+    axes.set_xlabel("channel, sorted")
+    axes.margins(0)
+    axes.set_box_aspect(1)
+    axes.legend(loc="lower left", fontsize=7, framealpha=0.9)
+    return "mean " + " / ".join(f"{share:.2f}" for share in values.mean(1).tolist())
+
+
+def draw_kernel(axes: Axes, values: Tensor, ground: Ground) -> str:
+    """values (C_out, C_in, kh, kw): the kernel's size at each tap, the norm over channels."""
+    size = values.flatten(0, 1).norm(dim=0)
+    drawn = frame(axes).imshow(size, cmap="viridis", vmin=0)
+    _colour_bar(axes, drawn)
+    return f"norm {size.min():.2f} to {size.max():.2f}"
+
+
+def draw_number(axes: Axes, values: Tensor, ground: Ground) -> str:
+    """One value."""
+    axes.axis("off")
+    axes.text(0.5, 0.5, f"{values.item():.3g}", ha="center", va="center", fontsize=24)
+    return f"{values.item():.3g}"
+
+
+def draw_shape(axes: Axes, values: Tensor, ground: Ground) -> str:
+    """The distribution of values of any other shape."""
+    axes.hist(values.flatten(), bins=30, color=BLUE)
+    axes.set_box_aspect(1)
+    axes.set_yticks([])
+    return f"{values.numel()} values, mean {values.mean():.2f}"
+
+
+BY_DIMENSIONS: dict[int, Drawer] = {
+    1: draw_bars,
+    2: draw_shares,
+    3: draw_map,
+    4: draw_kernel,
+    5: draw_per_position,
+}
+
+
+def _places(count: int, most: int) -> Tensor:
+    """Up to `most` indices, evenly over range(count)."""
+    kept = min(count, most)
+    return ((torch.arange(kept) + 0.5) * count / kept).long()
+
+
+def _to_image(axes: Axes, ground: Ground) -> None:
+    """Cuts away what lies in the model's own padding."""
+    axes.set_xlim(0, ground.image.shape[2])
+    axes.set_ylim(ground.image.shape[1], 0)
+
+
+def _colour_bar(axes: Axes, drawn: AxesImage) -> None:
+    axes.figure.colorbar(drawn, ax=axes, fraction=0.046, pad=0.03)
