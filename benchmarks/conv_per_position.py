@@ -53,7 +53,8 @@ def run(batch: int, channels: int, size: int, kernel: int, groups: int, rank: in
         Contender("reference", reference, (x.double(), w.double())),
     ]
     compare(
-        f"{rank}-D, batch {batch}, {channels} channels, size {size}, kernel {kernel}, {groups} groups",
+        f"{rank}-D, batch {batch}, {channels} channels, size {size}, kernel {kernel}, "
+        f"{groups} groups",
         contenders,
     )
 

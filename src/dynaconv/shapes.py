@@ -30,7 +30,7 @@ class Geometry(NamedTuple):
 
 def ntuple(value: IntOrTuple, rank: int, name: str, minimum: int = 1) -> tuple[int, ...]:
     """`value` once a dimension: 3 -> (3, 3) at rank 2. ValueError names `name`."""
-    values = (value,) * rank if isinstance(value, int) else tuple(value)
+    values = tuple(value) if isinstance(value, Sequence) else (value,) * rank
     if len(values) == 1:
         values = values * rank
     if len(values) != rank:

@@ -5,6 +5,7 @@ import importlib
 import pytest
 import torch
 from torch import nn
+from torch._dynamo.testing import CompileCounter
 
 import dynaconv
 from dynaconv import dispatch, functional
@@ -128,7 +129,7 @@ def test_gradcheck(primitive, rank):
 def test_opcheck(primitive, rank):
     operator = importlib.import_module(f"dynaconv.backends.eager.{primitive}").operator
     module = importlib.import_module(f"dynaconv.functional.{primitive}")
-    for tensors, settings in list(samples(primitive, rank, batches=(2,)))[:5:2]:
+    for tensors, settings in list(samples(primitive, rank, batches=(2,)))[2:4]:
         tensors = {name: t.requires_grad_() for name, t in tensors.items()}
         _, arguments = module.prepare(**tensors, **settings)
         captured = []
@@ -139,12 +140,16 @@ def test_opcheck(primitive, rank):
             output = functions[primitive](*arguments)
         finally:
             operator.forward = forward
-        (args,) = captured
+        args = tuple(
+            a.detach().requires_grad_() if isinstance(a, torch.Tensor) else a for a in captured[0]
+        )
         torch.library.opcheck(operator.forward, args)
         mask = [a is not None for a in args[: operator.count]]
         torch.library.opcheck(operator.backward, (torch.randn_like(output), *args, mask))
 
 
+# vmap of a gradient goes through the reference, whose windows are views by unfold.
+@pytest.mark.filterwarnings("ignore:There is a performance drop.*unfold_backward:UserWarning")
 @every_primitive
 @pytest.mark.parametrize("rank", [1, 2])
 def test_vmap(primitive, rank):
@@ -169,34 +174,30 @@ def test_vmap_over_the_backward(primitive):
     call, tensors = small(primitive, 2)
     output = call(*tensors)
     upstream = torch.randn(3, *output.shape, dtype=output.dtype)
-    batched = torch.autograd.grad(
-        output, tensors, upstream, is_grads_batched=True, retain_graph=True
-    )
+    backward = lambda u: torch.autograd.grad(output, tensors, u, retain_graph=True)
+    batched = torch.func.vmap(backward)(upstream)
     for i in range(3):
-        one = torch.autograd.grad(output, tensors, upstream[i], retain_graph=True)
-        for a, b in zip(batched, one, strict=True):
+        for a, b in zip(batched, backward(upstream[i]), strict=True):
             torch.testing.assert_close(a[i], b)
 
 
 @every_primitive
 def test_compiles_without_a_break_for_any_size(primitive):
     torch._dynamo.reset()
-    _, settings = list(samples(primitive, 2, batches=(2,)))[2]
-    names = list(next(iter(samples(primitive, 2)))[0])
+    given, settings = list(samples(primitive, 2, batches=(2,)))[2]
     call = lambda *ts: getattr(functional, primitive)(
-        **dict(zip(names, ts, strict=True)), padding=1
+        **dict(zip(given, ts, strict=True)), **settings
     )
-    count = torch._dynamo.testing.CompileCounter()
+    count = CompileCounter()
     compiled = torch.compile(call, backend=count, fullgraph=True, dynamic=True)
     for batch in (2, 3, 4):
-        for tensors, s in samples(primitive, 2, batches=(batch,)):
-            if s.get("padding") == 1 and s["groups" if "groups" in s else "padding"] == 1:
-                break
+        tensors, _ = list(samples(primitive, 2, batches=(batch,)))[2]
         ts = [t.requires_grad_() for t in tensors.values()]
         torch.testing.assert_close(compiled(*ts), call(*ts))
-        compiled(*ts).sum().backward()
+        gradients = torch.autograd.grad(compiled(*ts).sin().sum(), ts)
+        for a, b in zip(gradients, torch.autograd.grad(call(*ts).sin().sum(), ts), strict=True):
+            torch.testing.assert_close(a, b)
     assert count.frame_count == 1
-    assert settings is not None
 
 
 @every_primitive
@@ -231,7 +232,6 @@ def test_channels_last_stays(primitive):
 
 @every_primitive
 def test_export_takes_the_reference(primitive):
-    names = ["input", "weight"]
     tensors, settings = list(samples(primitive, 2))[2]
 
     class Call(nn.Module):
@@ -239,7 +239,7 @@ def test_export_takes_the_reference(primitive):
             return getattr(functional, primitive)(**dict(zip(tensors, ts, strict=True)), **settings)
 
     program = torch.export.export(Call(), tuple(tensors.values()))
-    assert "dynaconv" not in str(program.graph), names
+    assert "dynaconv" not in str(program.graph)
     torch.testing.assert_close(program.module()(*tensors.values()), Call()(*tensors.values()))
 
 

@@ -39,7 +39,7 @@ def conv_mixture(
     """W[n] = sum_e coefficients[n, e] * weight[e], then one kernel a sample."""
     mixed = torch.einsum("ne,e...->n...", coefficients, weight)
     if bias is not None:
-        bias = coefficients @ bias if bias.dim() == 2 else bias.expand(len(mixed), -1)
+        bias = coefficients @ bias if bias.dim() == 2 else bias.expand(mixed.shape[0], -1)
     return conv_per_sample(input, mixed, bias, geometry, groups)
 
 

@@ -148,7 +148,7 @@ def make_scene(sources: Sources, size: int, generator: torch.Generator) -> Scene
         alpha = ((ink - 0.25) / 0.35).clamp(0, 1)
         image = _paint(image, alpha, generator)
         mask[alpha > 0.5] = sources.labels[pick]
-        sizes[square] = scale
+        sizes[square | (alpha > 0.5)] = scale  # interpolated ink reaches a little further
     noise = 0.02 * torch.randn(image.shape, generator=generator)
     return Scene((image + noise).clamp(0, 1), mask, sizes)
 

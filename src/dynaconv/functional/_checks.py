@@ -20,16 +20,20 @@ def check_input(name: str, input: Tensor) -> int:
     return rank
 
 
-def check_alike(name: str, input: Tensor, **others: Tensor | None) -> None:
-    """The other tensors live on the input's device and have its dtype."""
+def check_device(name: str, input: Tensor, **others: Tensor | None) -> None:
+    """The other tensors live on the input's device."""
     for other, tensor in others.items():
-        if tensor is None:
-            continue
-        if tensor.device != input.device:
+        if tensor is not None and tensor.device != input.device:
             raise ValueError(
                 f"{name}: {other} is on {tensor.device}, input on {input.device}; move one of them"
             )
-        if tensor.dtype != input.dtype:
+
+
+def check_alike(name: str, input: Tensor, **others: Tensor | None) -> None:
+    """The other tensors live on the input's device and have its dtype."""
+    check_device(name, input, **others)
+    for other, tensor in others.items():
+        if tensor is not None and tensor.dtype != input.dtype:
             raise TypeError(
                 f"{name}: {other} has dtype {tensor.dtype}, input {input.dtype}; "
                 f"cast one, e.g. {other}.to(input.dtype)"
@@ -43,7 +47,7 @@ def check_shape(name: str, what: str, tensor: Tensor, expected: tuple[object, ..
         not any_size and given != size
         for given, size, any_size in zip(tensor.shape, expected, free, strict=True)
     ):
-        wanted = ", ".join(str(size) for size in expected)
+        wanted = ", ".join(str(size) for size in expected) + "," * (len(expected) == 1)
         raise ValueError(f"{name}: {what} has shape {tuple(tensor.shape)}; give ({wanted})")
 
 

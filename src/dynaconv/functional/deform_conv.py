@@ -9,6 +9,7 @@ from dynaconv.dispatch import Problem, choose
 from dynaconv.functional._checks import (
     autocast,
     check_alike,
+    check_device,
     check_groups,
     check_input,
     check_output,
@@ -78,6 +79,7 @@ def prepare(
         input, weight, bias, modulation
     )
     check_alike(NAME, input, weight=weight, bias=bias, modulation=modulation)
+    check_device(NAME, input, offset=offset)
     if offset.dtype != torch.float32:  # float32 coordinates go with data of any dtype
         check_alike(NAME, input, offset=offset)
     if offset.dtype.itemsize < 4:  # half precision cannot hold a position

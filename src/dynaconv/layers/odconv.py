@@ -85,7 +85,7 @@ class ODConv(DynamicConv):
         ones = (1,) * self.rank
         x, padding = self.pad(x * channel.unflatten(1, (-1, *ones)))
         geometry = (self.stride, padding, self.dilation, self.groups)
-        coefficients = attention.get("coefficients", x.new_ones(len(x), 1))
+        coefficients = attention.get("coefficients", x.new_ones(x.shape[0], 1))
         scale = self._kernel_scale(attention)
         if scale is None:
             return conv_mixture(x, self.weight, coefficients, self.bias, *geometry)

@@ -59,11 +59,17 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
     return content
 
 
+def save_checkpoint(path: Path | str, content: dict[str, Any]) -> None:
+    """torch.save, whole or not at all; the same content gives the same bytes."""
+    # Given a path, torch.save would write the temporary name into the file.
+    with whole(path) as temporary, open(temporary, "wb") as file:
+        torch.save(content, file)
+
+
 def save_model(path: Path | str, model: UNet, config: Config) -> None:
     """Weights and what is needed to build the model again, as plain values and tensors."""
     content = {"format": FORMAT, "config": asdict(config), "state": model.state_dict()}
-    with whole(path) as temporary:
-        torch.save(content, temporary)
+    save_checkpoint(path, content)
 
 
 def load_model(path: Path | str) -> tuple[UNet, Config]:

@@ -7,7 +7,7 @@ new family has its pictures at once.
 import textwrap
 from collections.abc import Callable
 from dataclasses import dataclass
-from math import floor, log10, prod
+from math import ceil, floor, log10, prod
 from typing import Any
 
 import torch
@@ -94,9 +94,8 @@ def draw_with_captions(model: UNet, image: Tensor, most: int = 4) -> Figure:
     """`draw_kernels` with an explanation under it."""
     figure = draw_kernels(model, image, most)
     width = int(figure.get_figwidth() * 14)
-    lines = [
-        textwrap.fill(text, width) for text in captions(next(iter(capture(model, image).values())))
-    ]
+    kernels = next(iter(capture(model, image).values()))
+    lines = [textwrap.fill(text, width) for text in captions(kernels)]
     figure.supxlabel("\n".join(lines), fontsize=9, x=0.02, ha="left")
     return figure
 
@@ -167,7 +166,7 @@ def draw_offsets(axes: Axes, values: Tensor, ground: Ground) -> str:
     show_image(frame(axes), ground.image, alpha=0.5)
     head: dict[str, Any] = {"width": 0.007, "headwidth": 3.5, "headlength": 4, "headaxislength": 4}
     scale: dict[str, Any] = {"angles": "xy", "scale_units": "xy", "scale": 1 / enlarged}
-    axes.quiver(x, y, dx, dy, color="#b3001b", **scale, **head)
+    axes.quiver(*(part.numpy() for part in (x, y, dx, dy)), color="#b3001b", **scale, **head)
     _to_image(axes, ground)
     return f"mean {length.mean():.2f}, max {length.max():.2f}\narrows x{enlarged:g}"
 
@@ -198,7 +197,7 @@ def draw_per_position(axes: Axes, values: Tensor, ground: Ground) -> str:
                 int((j + 0.5) * width / count / wide),
             )
             extent = (left, left + 0.7 * width / count, top + 0.7 * height / count, top)
-            kernel = kernels[:, :, row, column]
+            kernel = kernels[:, :, row, column].numpy()
             axes.imshow(kernel, cmap="RdBu", vmin=-limit, vmax=limit, extent=extent, zorder=2)
     _to_image(axes, ground)
     return (
@@ -210,7 +209,7 @@ def draw_map(axes: Axes, values: Tensor, ground: Ground) -> str:
     """values (c, h, w): the mean over c, as a map over the image."""
     mean = values.mean(0)
     height, width = ground.padded
-    drawn = frame(axes).imshow(mean, cmap="viridis", extent=(0, width, height, 0))
+    drawn = frame(axes).imshow(mean.numpy(), cmap="viridis", extent=(0, width, height, 0))
     _to_image(axes, ground)
     _colour_bar(axes, drawn)
     return f"{mean.min():.2f} to {mean.max():.2f}"
@@ -221,7 +220,7 @@ def draw_taps(axes: Axes, values: Tensor, ground: Ground) -> str:
     taps = values.reshape(ground.window)
     low, high = float(values.min()), float(values.max())
     # Only the lighter half of the colours, so that the numbers stay readable.
-    frame(axes).imshow(taps, cmap="Blues", vmin=low, vmax=2 * high - low + 1e-6)
+    frame(axes).imshow(taps.numpy(), cmap="Blues", vmin=low, vmax=2 * high - low + 1e-6)
     for row, line in enumerate(taps.tolist()):
         for column, value in enumerate(line):
             axes.text(column, row, f"{value:.2f}", ha="center", va="center")
@@ -232,11 +231,11 @@ def draw_bars(axes: Axes, values: Tensor, ground: Ground) -> str:
     """values (n,): a bar each; where there are many, as deviations from their mean."""
     places = range(1, len(values) + 1)
     if len(values) <= BARS_WITH_NUMBERS:
-        axes.bar_label(axes.bar(places, values, width=0.7, color=BLUE), fmt="%.2f")
+        axes.bar_label(axes.bar(places, values.numpy(), width=0.7, color=BLUE), fmt="%.2f")
         axes.set_xticks(places)
     else:
         mean = float(values.mean())
-        axes.bar(places, values - mean, bottom=mean, width=0.8, color=BLUE)
+        axes.bar(places, (values - mean).numpy(), bottom=mean, width=0.8, color=BLUE)
         axes.axhline(mean, color="black", linewidth=0.8)
     axes.margins(x=0.02, y=0.15)
     axes.set_box_aspect(1)
@@ -254,7 +253,7 @@ def draw_shares(axes: Axes, values: Tensor, ground: Ground) -> str:
             "color": SHARES[branch % len(SHARES)],
             "label": f"branch {branch + 1}",
         }
-        axes.bar(range(values.shape[1]), share, bottom=bottom, **style)
+        axes.bar(range(values.shape[1]), share.numpy(), bottom=bottom.numpy(), **style)
         bottom = bottom + share
     axes.set_xlabel("channel, sorted")
     axes.margins(0)
@@ -266,7 +265,7 @@ def draw_shares(axes: Axes, values: Tensor, ground: Ground) -> str:
 def draw_kernel(axes: Axes, values: Tensor, ground: Ground) -> str:
     """values (C_out, C_in, kh, kw): the kernel's size at each tap, the norm over channels."""
     size = values.flatten(0, 1).norm(dim=0)
-    drawn = frame(axes).imshow(size, cmap="viridis", vmin=0)
+    drawn = frame(axes).imshow(size.numpy(), cmap="viridis", vmin=0)
     _colour_bar(axes, drawn)
     return f"norm {size.min():.2f} to {size.max():.2f}"
 
@@ -280,7 +279,7 @@ def draw_number(axes: Axes, values: Tensor, ground: Ground) -> str:
 
 def draw_shape(axes: Axes, values: Tensor, ground: Ground) -> str:
     """The distribution of values of any other shape."""
-    axes.hist(values.flatten(), bins=30, color=BLUE)
+    axes.hist(values.flatten().numpy(), bins=30, color=BLUE)
     axes.set_box_aspect(1)
     axes.set_yticks([])
     return f"{values.numel()} values, mean {values.mean():.2f}"
@@ -296,9 +295,9 @@ BY_DIMENSIONS: dict[int, Drawer] = {
 
 
 def _places(count: int, most: int) -> Tensor:
-    """Up to `most` indices, evenly over range(count)."""
-    kept = min(count, most)
-    return ((torch.arange(kept) + 0.5) * count / kept).long()
+    """Up to `most` indices at equal distances within range(count)."""
+    step = ceil(count / most)
+    return torch.arange((count - 1) % step // 2, count, step)
 
 
 def _to_image(axes: Axes, ground: Ground) -> None:

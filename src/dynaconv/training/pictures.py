@@ -31,7 +31,8 @@ def frame(axes: Axes, title: str = "") -> Axes:
 def show_image(axes: Axes, image: Tensor, alpha: float = 1.0) -> None:
     """image (3, H, W) in [0, 1]; one unit of the axes is one pixel, the corner is (0, 0)."""
     height, width = image.shape[1:]
-    axes.imshow(image.permute(1, 2, 0).clamp(0, 1), alpha=alpha, extent=(0, width, height, 0))
+    pixels = image.permute(1, 2, 0).clamp(0, 1).numpy()
+    axes.imshow(pixels, alpha=alpha, extent=(0, width, height, 0))
 
 
 def colours(classes: int) -> np.ndarray:

@@ -20,7 +20,7 @@ from torchmetrics.classification import MulticlassJaccardIndex
 
 from dynaconv.anneal import anneal, parameter_groups
 from dynaconv.data.errors import InputError
-from dynaconv.training.files import read_checkpoint, save_model, whole
+from dynaconv.training.files import read_checkpoint, save_checkpoint, save_model
 from dynaconv.training.model import Config, build, normalise
 from dynaconv.training.unet import UNet
 
@@ -59,7 +59,7 @@ def fit(
             enable_progress_bar=False,
             enable_model_summary=False,
             enable_checkpointing=bool(savers),
-            callbacks=[*callbacks, Epochs(config.seed), *savers],
+            callbacks=[*callbacks, Draws(config.seed), *savers],
             plugins=[WholeCheckpoints()],
             num_sanity_val_steps=0,
         )
@@ -182,8 +182,7 @@ class WholeCheckpoints(TorchCheckpointIO):
     def save_checkpoint(
         self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None
     ) -> None:
-        with whole(path) as temporary:
-            torch.save(checkpoint, temporary)
+        save_checkpoint(path, checkpoint)
 
     def load_checkpoint(
         self, path: Any, map_location: Any = None, weights_only: bool | None = True
@@ -208,8 +207,8 @@ class Bar(L.Callback):
         self.progress.update(self.task, completed=trainer.global_step, total=total, note=note)
 
 
-class Epochs(L.Callback):
-    """Makes what is random in an epoch depend on the seed and the epoch alone.
+class Draws(L.Callback):
+    """Makes what is random in training depend on the seed and the step alone.
 
     A resumed run then draws what an undisturbed one does.
     """
@@ -218,10 +217,12 @@ class Epochs(L.Callback):
         self.seed = seed
 
     def on_train_epoch_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:
-        torch.manual_seed(self.seed * 1_000_003 + trainer.current_epoch)
         data = trainer.train_dataloader.dataset  # type: ignore[union-attr]
         if hasattr(data, "set_epoch"):
             data.set_epoch(trainer.current_epoch)
+
+    def on_train_batch_start(self, trainer: L.Trainer, *_: Any) -> None:
+        torch.manual_seed(self.seed * 1_000_003 + trainer.global_step)
 
 
 def _saver(out: Path) -> ModelCheckpoint:

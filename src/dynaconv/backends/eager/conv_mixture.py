@@ -124,7 +124,7 @@ def _shape(
     input: Tensor, weight: Tensor, coefficients: Tensor, bias: Tensor | None, *settings: Any
 ) -> tuple:
     geometry = Geometry(tuple(weight.shape[3:]), *map(tuple, settings[:3]))
-    return (len(input), weight.shape[1], *geometry.output_size(input.shape[2:]))
+    return (input.shape[0], weight.shape[1], *geometry.output_size(input.shape[2:]))
 
 
 def _forward(
@@ -190,5 +190,5 @@ def conv_mixture(
     groups: int,
 ) -> Tensor:
     if bias is not None:
-        bias = coefficients @ bias if bias.dim() == 2 else bias.expand(len(input), -1)
+        bias = coefficients @ bias if bias.dim() == 2 else bias.expand(input.shape[0], -1)
     return operator(input, weight, coefficients, bias, *map(list, geometry[1:]), groups)

@@ -31,7 +31,7 @@ Settings = Sequence[Any]
 
 
 def formulation(input: Tensor, weight: Tensor, settings: Settings) -> str:
-    """Which of `FORMULATIONS` computes the output and the input's gradient."""
+    """Which of `FORWARD` computes the output and the input's gradient."""
     stride, padding, _, groups = settings
     if prod(weight.shape[3:]) == 1 and groups == 1 and max(stride) == 1 and max(padding) == 0:
         return "matmul"
@@ -154,18 +154,18 @@ def chunks(batch: int, numbers: int) -> Iterator[slice]:
         yield slice(start, min(start + size, batch))
 
 
-FORMULATIONS = {
-    "grouped": (grouped, grouped_backward),
-    "loop": (loop, loop_backward),
-    "matmul": (matmul, matmul_backward),
-    "unfold": (None, unfold_backward),
+FORWARD = {"grouped": grouped, "loop": loop, "matmul": matmul}
+BACKWARD = {
+    "grouped": grouped_backward,
+    "loop": loop_backward,
+    "matmul": matmul_backward,
+    "unfold": unfold_backward,  # of the weight alone
 }
 
 
 def convolve(input: Tensor, weight: Tensor, bias: Tensor | None, settings: Settings) -> Tensor:
     """y[n] = W[n] * x[n] + b[n] by the cheaper formulation."""
-    forward = FORMULATIONS[formulation(input, weight, settings)][0]
-    return forward(input, weight, bias, settings)
+    return FORWARD[formulation(input, weight, settings)](input, weight, bias, settings)
 
 
 def convolve_backward(
@@ -176,9 +176,9 @@ def convolve_backward(
     for_weight = weight_formulation(grad, input, weight, settings)
     if for_input == for_weight or not all(mask):
         choice = for_weight if mask[1] else for_input
-        return FORMULATIONS[choice][1](grad, input, weight, settings, mask)
-    gx = FORMULATIONS[for_input][1](grad, input, weight, settings, [True, False])[0]
-    return [gx, FORMULATIONS[for_weight][1](grad, input, weight, settings, [False, True])[1]]
+        return BACKWARD[choice](grad, input, weight, settings, mask)
+    gx = BACKWARD[for_input](grad, input, weight, settings, [True, False])[0]
+    return [gx, BACKWARD[for_weight](grad, input, weight, settings, [False, True])[1]]
 
 
 # The operator ------------------------------------------------------------------------------------

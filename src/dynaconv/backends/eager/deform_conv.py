@@ -87,7 +87,7 @@ class Sampling:
         part = lambda corner, d: self.share[d][corner[d]]
         by_offset = []
         for d in range(rank):
-            total: Tensor | float = 0.0
+            total = torch.zeros_like(grad[..., 0])
             for c, corner in enumerate(corners):
                 others = prod((part(corner, e) for e in range(rank) if e != d), start=grad[..., c])
                 slope = others.where(self.inside[d][corner[d]], 0)
@@ -96,11 +96,11 @@ class Sampling:
         offset = torch.stack(by_offset, 3)
         if self.modulation is None:
             return offset.flatten(1, 3), None
-        total = sum(
+        by_corner = [
             prod((part(corner, d) for d in range(rank)), start=grad[..., c])
             for c, corner in enumerate(corners)
-        )
-        return offset.flatten(1, 3), total.flatten(1, 2)
+        ]
+        return offset.flatten(1, 3), torch.stack(by_corner).sum(0).flatten(1, 2)
 
 
 @dataclass
@@ -192,7 +192,7 @@ def _geometry(weight: Tensor, settings: tuple) -> Geometry:
 
 
 def _shape(input: Tensor, offset: Tensor, weight: Tensor, *rest: object) -> tuple[int, ...]:
-    return (len(input), weight.shape[0], *offset.shape[2:])
+    return (input.shape[0], weight.shape[0], *offset.shape[2:])
 
 
 def _forward(

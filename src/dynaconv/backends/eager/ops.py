@@ -5,7 +5,7 @@ its differentiable tensors. The gradient of that backward is taken from the refe
 that double backward works.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -142,10 +142,10 @@ class Operator:
                 output, [t for t, m in zip(asked, mask, strict=True) if m], grad, create_graph=True
             )
             cotangents = [g for g, m in zip(grads, mask, strict=True) if m]
+            # A gradient may depend on nothing that is differentiated, e.g. the bias's.
+            pairs = [(f, c) for f, c in zip(first, cotangents, strict=True) if f.requires_grad]
             inputs = [t for t, n in zip([grad, *asked], needs, strict=True) if n and t is not None]
-            second = iter(
-                torch.autograd.grad(first, inputs, cotangents, allow_unused=True, create_graph=True)
-            )
+            second = _gradients(pairs, inputs)
         gradients = [
             next(second) if n and t is not None else None
             for t, n in zip([grad, *asked], needs, strict=True)
@@ -175,10 +175,21 @@ class Operator:
         return split, [0 if m else None for m in mask]
 
 
+def _gradients(pairs: list[tuple[Tensor, Tensor]], inputs: list[Tensor]) -> Iterator[Tensor | None]:
+    """The inputs' gradients of sum_i <output_i, cotangent_i>, None where there is none."""
+    if not pairs:
+        return iter([None] * len(inputs))
+    outputs, cotangents = zip(*pairs, strict=True)
+    return iter(
+        torch.autograd.grad(outputs, inputs, cotangents, allow_unused=True, create_graph=True)
+    )
+
+
 def _each(op: Callable, info: Any, in_dims: tuple, args: tuple) -> list:
     """The operator once for each slice along the mapped dimension."""
+    at = lambda a, d, i: a.select(d, i) if isinstance(a, Tensor) and d is not None else a
     return [
-        op(*[a if d is None else a.select(d, i) for a, d in zip(args, in_dims, strict=True)])
+        op(*[at(a, d, i) for a, d in zip(args, in_dims, strict=True)])
         for i in range(info.batch_size)
     ]
 
