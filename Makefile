@@ -28,7 +28,7 @@ format: $(INSTALLED)
 	$(BIN)/ruff format .
 
 bench: $(INSTALLED)
-	for script in benchmarks/conv_*.py benchmarks/deform_conv.py; do $(BIN)/python $$script || exit 1; done
+	$(BIN)/python benchmarks/run.py
 
 $(INSTALLED): pyproject.toml
 	$(PYTHON) -m venv $(VENV)

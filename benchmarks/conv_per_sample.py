@@ -1,12 +1,14 @@
 """One kernel a sample: each formulation, what people copy, and the static convolution."""
 
 import importlib
+import sys
+from itertools import product
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from common import Contender, compare, forced, header
+from common import Contender, compare, forced, header, keep_freed_memory, timed
 from dynaconv import backend
 from dynaconv.functional import conv_per_sample
 
@@ -80,8 +82,62 @@ def run(batch: int, channels: int, size: int, kernel: int, rank: int) -> None:
     )
 
 
+GRID = {
+    2: (
+        (32, 56),
+        (64, 56),
+        (64, 14),
+        (128, 28),
+        (128, 7),
+        (256, 14),
+        (256, 7),
+        (512, 7),
+        (512, 14),
+    ),
+    1: ((64, 512), (64, 64), (256, 512), (256, 64), (512, 64)),
+    3: ((32, 16), (64, 8), (128, 8), (256, 4)),
+}
+
+
+def rule() -> None:
+    """The cost rule over a grid: how much slower its choice is than the best formulation."""
+    keep_freed_memory(True)
+    print("\n| case | output | input's gradient | kernels' gradient |\n|---|---|---|---|")
+    for rank, batch in product(GRID, (4, 16, 64)):
+        for channels, size in GRID[rank]:
+            x = torch.randn(batch, channels, *[size] * rank)
+            if batch * channels**2 * 3**rank > 2**26:
+                continue  # more than 256 MB of kernels
+            w = torch.randn(batch, channels, channels, *[3] * rank)
+            cells = [cell(*part) for part in parts(x, w, ([1] * rank,) * 3 + (1,))]
+            case = f"{rank}-D, batch {batch}, {channels} channels, size {size}"
+            print(f"| {case} | {' | '.join(cells)} |", flush=True)
+
+
+def parts(x: Tensor, w: Tensor, settings: tuple) -> list[tuple[str, dict]]:
+    """For output, gradient of x and gradient of w: the rule's choice, and all formulations."""
+    y = torch.randn_like(x)
+    direct, weight = ours.formulation(x, w, settings), ours.weight_formulation(y, x, w, settings)
+    names = ("grouped", "loop")
+    forward = {n: lambda n=n: ours.FORWARD[n](x, w, None, settings) for n in names}
+    back = lambda n, mask: lambda: ours.BACKWARD[n](y, x, w, settings, mask)
+    by_input = {n: back(n, [True, False]) for n in names}
+    by_weight = {n: back(n, [False, True]) for n in (*names, "unfold")}
+    return [(direct, forward), (direct, by_input), (weight, by_weight)]
+
+
+def cell(choice: str, ways: dict) -> str:
+    """The choice, and its time over the best one's."""
+    rounds = [{n: timed(lambda run: run(), run) for n, run in ways.items()} for _ in range(6)]
+    best = {n: min(r[n] for r in rounds[1:]) for n in ways}
+    return f"{choice} {best[choice] / min(best.values()):.2f}"
+
+
 if __name__ == "__main__":
     header(__file__)
+    if "--rule" in sys.argv:
+        rule()
+        sys.exit()
     for rank, cases in CASES.items():
         for case in cases:
             run(*case, rank)

@@ -22,8 +22,8 @@ def analysis(name, **options):
         ("condconv", {}, 8 * 4, 4 * 8 * 6 * 9 + 4 * 6),
         ("dyconv", {}, 8 * 3 + 3 * 4, 4 * 8 * 6 * 9 + 4 * 6),
         ("odconv", {}, 8 * 16 + 16 * (8 + 6 + 9 + 4), 4 * 8 * 6 * 9),
-        ("deform", {}, 8 * 18 * 9 * SIZE, 0),
-        ("deform_v2", {}, 8 * 27 * 9 * SIZE, 0),
+        ("deform", {}, 8 * 18 * 9 * SIZE, 4 * 8 * 9 * SIZE),
+        ("deform_v2", {}, 8 * 27 * 9 * SIZE, 4 * 8 * 9 * SIZE),
     ],
 )
 def test_macs(name, options, generation, mixing):
@@ -31,13 +31,23 @@ def test_macs(name, options, generation, mixing):
     assert row.static_macs == STATIC
     assert row.static_parameters == 8 * 6 * 9 + 6
     assert row.generation_macs == generation
-    sampling = 4 * 8 * 9 * SIZE if name.startswith("deform") else 0
-    assert row.convolution_macs == STATIC + mixing + sampling
+    assert row.mixing_macs == mixing
+    assert row.convolution_macs == STATIC
+    assert row.macs == STATIC + generation + mixing
+
+
+def test_involution():
+    layer = dynaconv.Involution2d(8, 8, 3, padding=1, group_channels=4, reduction=2)
+    (row,) = dynaconv.analyze(nn.Sequential(layer), torch.randn(1, 8, 10, 12)).rows
+    assert row.generation_macs == (8 * 4 + 4 * 2 * 9) * SIZE
+    assert row.mixing_macs == 0
+    assert row.convolution_macs == 8 * 9 * SIZE
 
 
 def test_selective_kernel_counts_both_branches():
     (row,) = analysis("selective_kernel").rows
     assert row.convolution_macs == 2 * STATIC
+    assert row.mixing_macs == 0
     assert row.generation_macs == 6 * 32 + 32 * 12
 
 

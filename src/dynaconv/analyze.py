@@ -11,21 +11,29 @@ from torch.utils.flop_counter import FlopCounterMode
 from dynaconv.layers.base import ConvNd, DynamicConv
 
 
+PARTS = ("generation", "mixing", "convolution")
+
+
 @dataclass(frozen=True)
 class Row:
-    """One layer. `static_*` is the nn.ConvNd of the same arguments (the same for a static one)."""
+    """One layer. `static_*` is the nn.ConvNd of the same arguments (the same for a static one).
+
+    The cost of a dynamic layer is in three parts: making the kernels from the input (generation),
+    combining them, e.g. experts or the values that a tap samples (mixing), and the convolution.
+    """
 
     name: str
     kind: str
     parameters: int
     static_parameters: int
     generation_macs: int
+    mixing_macs: int
     convolution_macs: int
     static_macs: int
 
     @property
     def macs(self) -> int:
-        return self.generation_macs + self.convolution_macs
+        return self.generation_macs + self.mixing_macs + self.convolution_macs
 
 
 @dataclass(frozen=True)
@@ -39,17 +47,17 @@ class Analysis:
     static_macs: int
 
     def __str__(self) -> str:
-        head = ("layer", "kind", "parameters", "static", "MACs", "generation", "static")
-        body = [
+        head = ("layer", "kind", "parameters", "static", "MACs", *PARTS, "static")
+        body: list[tuple[str | int, ...]] = [
             (
-                *(r.name, r.kind, r.parameters, r.static_parameters),
-                *(r.macs, r.generation_macs, r.static_macs),
+                *(r.name, r.kind, r.parameters, r.static_parameters, r.macs),
+                *(r.generation_macs, r.mixing_macs, r.convolution_macs, r.static_macs),
             )
             for r in self.rows
         ]
-        generation = sum(r.generation_macs for r in self.rows)
-        total = ("total (with all else)", "", self.parameters, self.static_parameters)
-        body.append((*total, self.macs, generation, self.static_macs))
+        parts = [sum(getattr(r, f"{part}_macs") for r in self.rows) for part in PARTS]
+        total = ("total (with all else)", "", self.parameters, self.static_parameters, self.macs)
+        body.append((*total, *parts, self.static_macs))
         cells = [head] + [
             tuple(f"{c:,}" if isinstance(c, int) else c for c in line) for line in body
         ]
@@ -120,9 +128,11 @@ def _row(
         for child, _ in layer.named_children()
         if child not in convolving
     )
-    kind = type(layer).__name__
-    parameters = _parameters(layer)
-    return Row(name, kind, parameters, static, generation, total - generation, window * size)
+    rest, whole = total - generation, window * size
+    # Layers that convolve by submodules, and those that mix no channels, have nothing beyond.
+    mixing = 0 if convolving else max(0, rest - whole)
+    kind, parameters = type(layer).__name__, _parameters(layer)
+    return Row(name, kind, parameters, static, generation, mixing, rest - mixing, whole)
 
 
 def _inside_dynamic(model: nn.Module, name: str) -> bool:

@@ -18,7 +18,6 @@ if _missing:
     sys.exit(f"dynaconv: {', '.join(_missing)} missing; run: pip install 'dynaconv[app]'")
 
 import typer  # noqa: E402
-from rich import box  # noqa: E402
 from rich.console import Console  # noqa: E402
 from rich.progress import (  # noqa: E402
     BarColumn,
@@ -279,7 +278,7 @@ def _progress() -> Progress:
 
 
 def _print_table(head: list[str], *lines: list[str], numbers: bool = True) -> None:
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1))
+    table = Table(box=None, padding=(0, 2, 0, 0), pad_edge=False)  # fits 80 columns
     for i, title in enumerate(head):
         table.add_column(title, justify="right" if numbers and i else "left", no_wrap=numbers)
     for line in lines:

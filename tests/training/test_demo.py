@@ -57,7 +57,7 @@ def test_the_table_holds_what_was_measured(outcome):
     for line, result in zip(lines, results, strict=True):
         assert line[0] == result.layer
         mean, spread = statistics.mean(result.miou), statistics.stdev(result.miou)
-        assert line[1] == f"{100 * mean:.1f} ±{100 * spread:.1f}"
+        assert line[1] == f"{100 * mean:.1f}±{100 * spread:.1f}"
         count = sum(p.numel() for p in result.models[0].parameters())
         assert int(line[5].replace(",", "")) == count
         assert float(line[6]) > 0
@@ -86,7 +86,7 @@ def test_measure_against_a_perfect_and_a_blind_model(outcome):
 
 def test_percent():
     assert percent([0.5]) == "50.0"
-    assert percent([0.5, 0.6]) == "55.0 ±7.1"
+    assert percent([0.5, 0.6]) == "55.0±7.1"
 
 
 def test_the_verdict_is_the_measurement_whoever_won():

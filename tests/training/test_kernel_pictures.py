@@ -94,7 +94,7 @@ def test_bars_reach_their_values(values):
     axes = Figure().subplots()
     draw_bars(axes, values, GROUND)
     tops = [bar.get_y() + bar.get_height() for bar in axes.patches]
-    torch.testing.assert_close(torch.tensor(tops), values)
+    torch.testing.assert_close(torch.tensor(tops, dtype=torch.float32), values)
 
 
 @pytest.mark.parametrize(

@@ -16,7 +16,7 @@ def test_output_has_the_size_of_the_image(size):
 
 def test_padding_repeats_the_border():
     padded = UNet(3, 4, [4, 6, 8]).pad(torch.arange(15.0).view(1, 1, 3, 5))
-    assert padded.shape == (1, 1, 4, 8)
+    assert padded.shape == (1, 1, 8, 8)
     assert padded[0, 0, 3].tolist() == [10, 11, 12, 13, 14, 14, 14, 14]
 
 

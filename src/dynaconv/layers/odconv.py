@@ -103,11 +103,16 @@ class ODConv(DynamicConv):
         return scale
 
     def init_from(self, conv: ConvNd) -> None:
-        """Gates at g sigmoid(0) = g / 2, experts alike; for g = 2 the kernel itself."""
+        """Gates at g sigmoid(0) = g / 2, experts alike; for g = 2 the kernel itself.
+
+        The coefficients start near-uniform: drawn as published, they would be near one-hot.
+        """
         heads = [h for h in (getattr(self, f"{name}_fc") for name in GATES) if h is not None]
         for head in heads:
             nn.init.zeros_(head.weight)
             nn.init.zeros_(head.bias)
+        if self.kernel_fc is not None:
+            nn.init.normal_(self.kernel_fc.weight, std=0.1)
         self.weight.copy_(conv.weight / (self.gate_scale / 2) ** len(heads))
 
     @classmethod

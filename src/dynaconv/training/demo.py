@@ -26,15 +26,15 @@ SIZE = 64
 class Budget:
     """How much a demo does."""
 
-    scenes: int = 1200
+    scenes: int = 2000
     val: int = 150
-    epochs: int = 8
+    epochs: int = 5
     seeds: int = 2
-    widths: tuple[int, ...] = (16, 32, 64, 96)
+    widths: tuple[int, ...] = (12, 16, 24, 32)
 
 
 FULL = Budget()
-QUICK = Budget(scenes=240, val=40, epochs=3, seeds=1, widths=(8, 16, 32))
+QUICK = Budget(scenes=640, val=60, epochs=4, seeds=1)
 
 
 @dataclass
@@ -110,9 +110,11 @@ def demo_config(layer: str, budget: Budget, seed: int) -> Config:
         ignore=IGNORE,
         widths=list(budget.widths),
         epochs=budget.epochs,
+        batch=16,
+        lr=8e-3,
         size=SIZE,
         seed=seed,
-        background_weight=0.3,
+        background_weight=0.2,
     )
 
 
@@ -143,7 +145,7 @@ def measure_time(results: list[Result], image: Tensor, repeats: int = 9) -> None
 
 def rows(results: list[Result]) -> list[list[str]]:
     """The table: a header, then a line for each layer."""
-    table = [["layer", "mIoU %", *SIZE_BUCKETS, "parameters", "MMACs", "ms/image"]]
+    table = [["layer", "mIoU %", *SIZE_BUCKETS, "params", "MMACs", "ms/img"]]
     for result in results:
         scores = [percent(result.miou), *map(percent, result.by_size.values())]
         cost = [f"{result.parameters:,}", f"{result.macs / 1e6:.1f}", f"{result.ms:.1f}"]
@@ -154,4 +156,4 @@ def rows(results: list[Result]) -> list[list[str]]:
 def percent(values: Sequence[float]) -> str:
     """The mean in percent and, over several seeds, the standard deviation."""
     mean = f"{100 * statistics.mean(values):.1f}"
-    return mean if len(values) < 2 else f"{mean} ±{100 * statistics.stdev(values):.1f}"
+    return mean if len(values) < 2 else f"{mean}±{100 * statistics.stdev(values):.1f}"

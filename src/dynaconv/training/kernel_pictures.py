@@ -14,6 +14,7 @@ import torch
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.image import AxesImage
+from matplotlib.ticker import MaxNLocator
 from torch import Tensor
 
 from dynaconv.training.model import dynamic_layers, normalise
@@ -172,11 +173,11 @@ def draw_offsets(axes: Axes, values: Tensor, ground: Ground) -> str:
 
 
 def _enlargement(lengths: Tensor, spacing: float) -> float:
-    """A round factor with which most arrows are about as long as the space between them."""
+    """A round factor, 1 or more, that makes most arrows about as long as the space between them."""
     typical = float(lengths.flatten().quantile(0.9))
-    if typical == 0:
+    wanted = 1.3 * spacing / typical if typical > 0 else 1
+    if wanted <= 1:
         return 1
-    wanted = 1.3 * spacing / typical
     power = 10.0 ** floor(log10(wanted))
     return max(step * power for step in (1, 1.5, 2, 3, 5, 7) if step * power <= wanted)
 
@@ -237,6 +238,7 @@ def draw_bars(axes: Axes, values: Tensor, ground: Ground) -> str:
         mean = float(values.mean())
         axes.bar(places, (values - mean).numpy(), bottom=mean, width=0.8, color=BLUE)
         axes.axhline(mean, color="black", linewidth=0.8)
+        axes.xaxis.set_major_locator(MaxNLocator(5, integer=True))
     axes.margins(x=0.02, y=0.15)
     axes.set_box_aspect(1)
     axes.spines[["top", "right"]].set_visible(False)

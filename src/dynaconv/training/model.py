@@ -11,7 +11,7 @@ from dynaconv.layers.base import DynamicConv
 from dynaconv.training.unet import UNet
 
 STATIC = "static"
-# Where a U-Net becomes dynamic: below full resolution, on the way down and at the bottom.
+# Where a U-Net becomes dynamic: below its stem, on the way down and at the bottom.
 WHERE = r"encoder|bottleneck"
 # Images a forward pass; enough for speed on a CPU, little memory.
 CHUNK = 25
@@ -31,7 +31,7 @@ class Config:
     classes: int = 11
     ignore: int = 255
     names: list[str] = field(default_factory=list)
-    widths: list[int] = field(default_factory=lambda: [24, 48, 96, 128])
+    widths: list[int] = field(default_factory=lambda: [32, 64, 96, 128])
     epochs: int = 30
     batch: int = 8
     lr: float = 2e-3

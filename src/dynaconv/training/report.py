@@ -26,8 +26,8 @@ LEAD = (
 TABLE_NOTE = (
     "mIoU: intersection over union of predicted and true pixels, mean over classes, 100 is "
     "perfect. small, medium, large: the same within the squares of digits {sizes} pixels wide. "
-    "± is the standard deviation over seeds. MMACs: millions of multiply-accumulates an image. "
-    "ms/image: on this machine, one image at a time."
+    "± is the standard deviation over seeds. params: numbers to learn. MMACs: millions of "
+    "multiply-accumulates an image. ms/img: time on this machine, one image at a time."
 )
 SCENES_NOTE = (
     "Validation scenes, from small digits to large: no model has seen these digits or these parts "

@@ -128,9 +128,9 @@ class Segmentation(L.LightningModule):
     def training_step(self, batch: tuple[Tensor, ...], index: int) -> Tensor:
         total = float(self.trainer.estimated_stepping_batches)
         anneal(self.model, self.global_step / (ANNEALING * total))
-        image, mask = batch[:2]
+        image, mask, *sizes = batch
         logits = self.model(normalise(image))
-        loss = pixel_loss(logits, mask, self.class_weight, self.config.ignore)
+        loss = pixel_loss(logits, mask, self.class_weight, self.config.ignore, *sizes)
         if not loss.isfinite():
             raise InputError(f"the loss is {loss.item()} at step {self.global_step}; lower --lr")
         self.log("loss", loss, on_step=False, on_epoch=True)
@@ -162,13 +162,20 @@ class Segmentation(L.LightningModule):
         return [optimizer], [{"scheduler": scheduler, "interval": "step"}]
 
 
-def pixel_loss(logits: Tensor, mask: Tensor, weight: Tensor, ignore: int) -> Tensor:
+def pixel_loss(
+    logits: Tensor, mask: Tensor, weight: Tensor, ignore: int, sizes: Tensor | None = None
+) -> Tensor:
     """Mean cross entropy of logits (N, classes, H, W), weighted by class; mask (N, H, W).
 
-    Zero where no pixel has a class, as in crops beyond the border; torch's own mean is NaN there.
+    With `sizes` (N, H, W), the width of the object at each pixel (0: none), a pixel counts for
+    16 / width, so that one large object does not outweigh many small ones. Zero where no pixel
+    has a class, as in crops beyond the border; torch's own mean is NaN there.
     """
-    total = F.cross_entropy(logits, mask, weight, ignore_index=ignore, reduction="sum")
-    return total / weight[mask[mask != ignore]].sum().clamp(min=1e-6)
+    share = weight[mask.masked_fill(mask == ignore, 0)] * (mask != ignore)
+    if sizes is not None:
+        share = torch.where(sizes > 0, share * 16 / sizes.clamp(min=1), share)
+    loss = F.cross_entropy(logits, mask, ignore_index=ignore, reduction="none")
+    return (share * loss).sum() / share.sum().clamp(min=1e-6)
 
 
 def metric(config: Config) -> MulticlassJaccardIndex:

@@ -26,10 +26,13 @@ def double(inputs: int, outputs: int) -> nn.Sequential:
 class UNet(nn.Module):
     """Encoder and decoder with skip connections, after Ronneberger et al., 2015.
 
+    It works from half resolution down, where a training step costs a quarter, and enlarges what
+    it says to the image's size.
+
     Args:
         in_channels: channels of the image.
         classes: classes a pixel can have.
-        widths: channels at full, half, quarter ... resolution; at least two.
+        widths: channels at half, quarter, eighth ... resolution; at least two.
 
     Shape:
         input (N, in_channels, H, W) of any height and width from 1; output (N, classes, H, W).
@@ -44,12 +47,13 @@ class UNet(nn.Module):
             raise ValueError(f"UNet: needs two or more widths from 1, got {tuple(widths)}")
         first, *_, last = widths
         pairs = list(pairwise(widths))
-        self.stem = double(in_channels, first)
+        halve = nn.Conv2d(in_channels, first, 4, stride=2, padding=1)
+        self.stem = nn.Sequential(halve, *double(first, first))
         self.encoder = nn.ModuleList(double(a, b) for a, b in pairs[:-1])
         self.bottleneck = double(pairs[-1][0], last)
         self.decoder = nn.ModuleList(double(a + b, a) for a, b in reversed(pairs))
         self.head = nn.Conv2d(first, classes, 1)
-        self.multiple = 2 ** len(pairs)
+        self.multiple = 2 ** len(widths)
 
     def pad(self, image: Tensor) -> Tensor:
         """image (N, C, H, W), its last row and column repeated so that every level halves it."""
@@ -67,4 +71,5 @@ class UNet(nn.Module):
         for block, skip in zip(self.decoder, reversed(skips[:-1]), strict=True):
             x = F.interpolate(x, scale_factor=2.0, mode="bilinear", align_corners=False)
             x = block(torch.cat((x, skip), dim=1))
-        return self.head(x)[..., :height, :width]
+        x = F.interpolate(self.head(x), scale_factor=2.0, mode="bilinear", align_corners=False)
+        return x[..., :height, :width]

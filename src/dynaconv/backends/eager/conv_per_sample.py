@@ -23,7 +23,7 @@ from dynaconv.backends import reference
 from dynaconv.backends.eager.ops import GEOMETRY, Operator, gradient_like, output_like
 from dynaconv.shapes import Geometry
 
-LARGE, BIG, CHUNK = 2**22, 2**18, 2**20
+LARGE, BIG, CHUNK = 2**22, 3 * 2**16, 2**20
 # Positions of a 3-D input for which a loop can pay.
 FEW = 64
 # stride, padding and dilation as lists, then groups, as the operator gets them.
