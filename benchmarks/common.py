@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-ROUNDS, SECONDS = 7, 2.0
+ROUNDS, SECONDS = 7, 1.0
 STATUS, CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 
 

@@ -20,18 +20,18 @@ KERNELS = (
     (
         "offsets\n(deform_v2)",
         "deform_v2",
-        "encoder.1.0.conv",
+        "encoder.0.0.conv",
         "offset",
         draw_offsets,
     ),
     (
         "chosen sizes\n(selective_kernel)",
         "selective_kernel",
-        "encoder.1.1.conv",
+        "encoder.0.1.conv",
         "coefficients",
         draw_shares,
     ),
-    ("weight of each tap\n(odconv)", "odconv", "encoder.1.0.conv", "spatial", draw_taps),
+    ("weight of each tap\n(odconv)", "odconv", "encoder.0.0.conv", "spatial", draw_taps),
 )
 
 

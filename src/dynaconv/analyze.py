@@ -10,7 +10,6 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from dynaconv.layers.base import ConvNd, DynamicConv
 
-
 PARTS = ("generation", "mixing", "convolution")
 
 

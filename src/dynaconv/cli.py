@@ -102,7 +102,7 @@ def train(
     batch: Annotated[int, Option(min=1)] = 8,
     lr: Annotated[float, Option(min=1e-8, help="Peak learning rate.")] = 2e-3,
     size: Annotated[int, Option(min=16, help="Height and width of the random crops.")] = 160,
-    widths: Annotated[str, Option(help="Channels from full resolution down.")] = "24,48,96,128",
+    widths: Annotated[str, Option(help="Channels from half resolution down.")] = "32,64,96,128",
     where: Annotated[str, Option(help="Regular expression: which parts are dynamic.")] = "",
     seed: Annotated[int, Option(min=0)] = 0,
     out: Annotated[Path | None, Option(help="Default: runs/LAYER-SEED.")] = None,

@@ -26,15 +26,15 @@ SIZE = 64
 class Budget:
     """How much a demo does."""
 
-    scenes: int = 2000
+    scenes: int = 1800
     val: int = 150
-    epochs: int = 5
+    epochs: int = 3
     seeds: int = 2
-    widths: tuple[int, ...] = (12, 16, 24, 32)
+    widths: tuple[int, ...] = (16, 40, 96)
 
 
 FULL = Budget()
-QUICK = Budget(scenes=640, val=60, epochs=4, seeds=1)
+QUICK = Budget(scenes=800, val=60, epochs=2, seeds=1)
 
 
 @dataclass
@@ -110,8 +110,8 @@ def demo_config(layer: str, budget: Budget, seed: int) -> Config:
         ignore=IGNORE,
         widths=list(budget.widths),
         epochs=budget.epochs,
-        batch=16,
-        lr=8e-3,
+        batch=8,
+        lr=4e-3,
         size=SIZE,
         seed=seed,
         background_weight=0.2,
