@@ -14,7 +14,7 @@ from dynaconv.training.kernel_pictures import Ground, capture, draw_offsets, dra
 from dynaconv.training.model import dynamic_layers, predict
 from dynaconv.training.pictures import frame, paint, panels, show_image
 
-SCENES = 60
+SCENES, SEED = 60, 1
 # Column: title, family, layer, quantity, how it is drawn.
 KERNELS = (
     (
@@ -37,7 +37,7 @@ KERNELS = (
 
 def main(demo: Path, target: Path) -> None:
     names = ("static", "deform_v2", "selective_kernel", "odconv")
-    models = {name: load_model(demo / "models" / f"{name}-0.pt")[0] for name in names}
+    models = {name: load_model(demo / "models" / f"{name}-{SEED}.pt")[0] for name in names}
     scenes = DigitScenes("val", SCENES).in_memory()
     said = {name: predict(models[name], scenes.images) for name in ("static", "deform_v2")}
     figure, axes = panels(2, 4 + len(KERNELS), 1.75, 2.0)

@@ -132,8 +132,21 @@ def convolutions(draw):
 @settings(max_examples=60, deadline=None)
 @given(convolutions())
 def test_any_shape_as_torch_convolves_it(backend, call):
+    check_as_torch(backend, call)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("backend", dynaconv.dispatch.backends())
+@settings(max_examples=2000, deadline=None)
+@given(convolutions())
+def test_many_shapes_as_torch_convolves_them(backend, call):
+    check_as_torch(backend, call)
+
+
+def check_as_torch(backend, call):
     """With one kernel for all, each primitive is torch's convolution."""
     x, w, keys = call
+    keys = dict(keys)
     batch, rank = len(x), x.dim() - 2
     expected = CONVS[rank](x, w, **keys)
     taps, size = w[0, 0].numel(), expected.shape[2:]

@@ -111,7 +111,7 @@ def demo_config(layer: str, budget: Budget, seed: int) -> Config:
         widths=list(budget.widths),
         epochs=budget.epochs,
         batch=8,
-        lr=4e-3,
+        lr=3e-3,
         size=SIZE,
         seed=seed,
         background_weight=0.2,
@@ -147,7 +147,8 @@ def rows(results: list[Result]) -> list[list[str]]:
     """The table: a header, then a line for each layer."""
     table = [["layer", "mIoU %", *SIZE_BUCKETS, "params", "MMACs", "ms/img"]]
     for result in results:
-        scores = [percent(result.miou), *map(percent, result.by_size.values())]
+        by_size = [percent([statistics.mean(values)]) for values in result.by_size.values()]
+        scores = [percent(result.miou), *by_size]
         cost = [f"{result.parameters:,}", f"{result.macs / 1e6:.1f}", f"{result.ms:.1f}"]
         table.append([result.layer, *scores, *cost])
     return table
