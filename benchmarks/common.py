@@ -19,22 +19,26 @@ from types import ModuleType
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
+from dynaconv import backend
+
+CONVS = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
 ROUNDS, SECONDS = 7, 1.0
 STATUS, CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 
 
 @dataclass
 class Contender:
-    """One way to compute: `run(*tensors)`; `leaves` are the tensors whose gradients are taken.
+    """One way to compute: `run(*tensors)`; the gradients are those of all tensors.
 
     check=False marks a baseline that computes something else, such as the static convolution.
     """
 
     name: str
     run: Callable[..., Tensor]
-    tensors: Sequence[Tensor | None]
+    tensors: Sequence[Tensor]
     check: bool = True
 
     def forward(self) -> Tensor:
@@ -43,9 +47,8 @@ class Contender:
 
     def both(self) -> tuple[Tensor, ...]:
         """Forward and backward: the gradients."""
-        leaves = [t.detach().requires_grad_() for t in self.tensors if t is not None]
-        given = iter(leaves)
-        output = self.run(*[None if t is None else next(given) for t in self.tensors])
+        leaves = [t.detach().requires_grad_() for t in self.tensors]
+        output = self.run(*leaves)
         return torch.autograd.grad(output, leaves, torch.ones_like(output))
 
 
@@ -59,9 +62,11 @@ class Line:
     memory: tuple[float, float] = (float("nan"), float("nan"))
 
 
-def compare(title: str, contenders: list[Contender], tolerance: float = 1e-4) -> None:
+def compare(
+    title: str, contenders: list[Contender], reference: Contender, tolerance: float = 1e-4
+) -> None:
     """Checks, times and prints; the first contender is what the ratios refer to."""
-    check(title, contenders, tolerance)
+    check(title, contenders, reference, tolerance)
     keep_freed_memory(True)
     lines = [Line(c.name) for c in contenders]
     for step, column in ((Contender.forward, "forward"), (Contender.both, "both")):
@@ -71,13 +76,20 @@ def compare(title: str, contenders: list[Contender], tolerance: float = 1e-4) ->
     show(title, lines)
 
 
-def check(title: str, contenders: list[Contender], tolerance: float) -> None:
-    """AssertionError unless every contender that says so agrees with the last one, in values
-    and gradients; the last is given in float64."""
-    checked = [c for c in contenders if c.check]
-    reference = contenders.pop()
+def on_reference(ours: Contender, dtype: torch.dtype = torch.float32) -> Contender:
+    """The same on the reference backend."""
+
+    def run(*tensors: Tensor) -> Tensor:
+        with backend("reference"):
+            return ours.run(*tensors)
+
+    return Contender("dynaconv, reference", run, [t.to(dtype) for t in ours.tensors])
+
+
+def check(title: str, contenders: list[Contender], reference: Contender, tolerance: float) -> None:
+    """AssertionError unless what is checked has the reference's values and gradients."""
     expected = (reference.forward(), *reference.both())
-    for contender in checked[:-1]:
+    for contender in (c for c in contenders if c.check):
         for what, value in zip(expected, (contender.forward(), *contender.both()), strict=True):
             error = (value.double() - what).abs().max() / what.abs().max().clamp(min=1e-6)
             if not error <= tolerance:
@@ -145,6 +157,21 @@ def show(title: str, lines: list[Line]) -> None:
             cells += [f"{statistics.median(mine):10.2f}", f"{ratio:5.2f}"]
         cells += [f"{value:7.1f}" for value in line.memory]
         print(f"| {' | '.join(cells)} |", flush=True)
+
+
+def batch_in_groups(x: Tensor, w: Tensor, padding: int) -> Tensor:
+    """One kernel w[n] a sample as most published layers do it: the batch folded into groups."""
+    conv = CONVS[x.dim() - 2]
+    y = conv(x.reshape(1, -1, *x.shape[2:]), w.flatten(0, 1), padding=padding, groups=len(x))
+    return y.reshape(len(x), -1, *y.shape[2:])
+
+
+def main(script: str, cases: dict[int, list[tuple]], run: Callable[..., None]) -> None:
+    """Runs every case, given by rank."""
+    header(script)
+    for rank, given in cases.items():
+        for case in given:
+            run(*case, rank)
 
 
 def header(script: str) -> None:

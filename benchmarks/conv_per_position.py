@@ -4,8 +4,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from common import Contender, compare, header
-from dynaconv import backend
+from common import CONVS, Contender, compare, main, on_reference
 from dynaconv.functional import conv_per_position
 
 # batch, channels, size, kernel, groups
@@ -14,7 +13,6 @@ CASES = {
     1: [(16, 512, 512, 31, 8)],
     3: [(2, 32, 16, 3, 2)],
 }
-CONVS = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
 
 
 def unfolded(x: Tensor, w: Tensor, padding: int) -> Tensor:
@@ -37,30 +35,22 @@ def run(batch: int, channels: int, size: int, kernel: int, groups: int, rank: in
     depthwise = torch.randn(channels, 1, *[kernel] * rank)
     pad = kernel // 2
 
-    def reference(x: Tensor, w: Tensor) -> Tensor:
-        with backend("reference"):
-            return conv_per_position(x, w, padding=pad)
-
+    ours = Contender("dynaconv", lambda x, w: conv_per_position(x, w, padding=pad), (x, w))
     static = lambda x, w: CONVS[rank](x, w, padding=pad, groups=channels)
     contenders = [
-        Contender("dynaconv", lambda x, w: conv_per_position(x, w, padding=pad), (x, w)),
+        ours,
         Contender("static depthwise", static, (x, depthwise), check=False),
     ]
     if rank < 3:
         contenders.append(Contender("copied: unfold", lambda x, w: unfolded(x, w, pad), (x, w)))
-    contenders += [
-        Contender("dynaconv, reference", reference, (x, w)),
-        Contender("reference", reference, (x.double(), w.double())),
-    ]
+    contenders.append(on_reference(ours))
     compare(
         f"{rank}-D, batch {batch}, {channels} channels, size {size}, kernel {kernel}, "
         f"{groups} groups",
         contenders,
+        on_reference(ours, torch.float64),
     )
 
 
 if __name__ == "__main__":
-    header(__file__)
-    for rank, cases in CASES.items():
-        for case in cases:
-            run(*case, rank)
+    main(__file__, CASES, run)

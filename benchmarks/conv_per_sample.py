@@ -8,8 +8,18 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from common import Contender, compare, forced, header, keep_freed_memory, timed
-from dynaconv import backend
+from common import (
+    CONVS,
+    Contender,
+    batch_in_groups,
+    compare,
+    forced,
+    header,
+    keep_freed_memory,
+    main,
+    on_reference,
+    timed,
+)
 from dynaconv.functional import conv_per_sample
 
 ours = importlib.import_module("dynaconv.backends.eager.conv_per_sample")
@@ -19,14 +29,6 @@ CASES = {
     1: [(16, 256, 512, 3), (16, 512, 64, 5)],
     3: [(4, 32, 16, 3)],
 }
-CONVS = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
-
-
-def folded(x: Tensor, w: Tensor, padding: int) -> Tensor:
-    """As most published layers do it: the batch folded into groups."""
-    conv = CONVS[x.dim() - 2]
-    y = conv(x.reshape(1, -1, *x.shape[2:]), w.flatten(0, 1), padding=padding, groups=len(x))
-    return y.reshape(len(x), -1, *y.shape[2:])
 
 
 def looped(x: Tensor, w: Tensor, padding: int) -> Tensor:
@@ -52,16 +54,12 @@ def run(batch: int, channels: int, size: int, kernel: int, rank: int) -> None:
     w = torch.randn(batch, channels, channels, *[kernel] * rank) / (channels * kernel**rank) ** 0.5
     pad = kernel // 2
     static = lambda x, w: CONVS[rank](x, w, padding=pad)
-    dynamic = lambda x, w: conv_per_sample(x, w, padding=pad)
-
-    def reference(x: Tensor, w: Tensor) -> Tensor:
-        with backend("reference"):
-            return conv_per_sample(x, w, padding=pad)
+    chosen = Contender("dynaconv", lambda x, w: conv_per_sample(x, w, padding=pad), (x, w))
 
     contenders = [
         Contender("static convolution", static, (x, w[0].clone()), check=False),
-        Contender("dynaconv", dynamic, (x, w)),
-        Contender("copied: batch in groups", lambda x, w: folded(x, w, pad), (x, w)),
+        chosen,
+        Contender("copied: batch in groups", lambda x, w: batch_in_groups(x, w, pad), (x, w)),
         Contender("copied: loop", lambda x, w: looped(x, w, pad), (x, w)),
         *(
             [Contender("copied: unfold and bmm", lambda x, w: unfolded(x, w, pad), (x, w))]
@@ -75,11 +73,9 @@ def run(batch: int, channels: int, size: int, kernel: int, rank: int) -> None:
             for name in ours.BACKWARD
             if kernel == 1 or name != "matmul"
         ],
-        Contender("reference", reference, (x.double(), w.double())),
     ]
-    compare(
-        f"{rank}-D, batch {batch}, {channels} channels, size {size}, kernel {kernel}", contenders
-    )
+    title = f"{rank}-D, batch {batch}, {channels} channels, size {size}, kernel {kernel}"
+    compare(title, contenders, on_reference(chosen, torch.float64))
 
 
 GRID = {
@@ -134,10 +130,8 @@ def cell(choice: str, ways: dict) -> str:
 
 
 if __name__ == "__main__":
-    header(__file__)
     if "--rule" in sys.argv:
+        header(__file__)
         rule()
-        sys.exit()
-    for rank, cases in CASES.items():
-        for case in cases:
-            run(*case, rank)
+    else:
+        main(__file__, CASES, run)

@@ -4,8 +4,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from common import Contender, compare, header
-from dynaconv import backend
+from common import CONVS, Contender, compare, main, on_reference
 from dynaconv.functional import deform_conv
 
 try:
@@ -19,7 +18,6 @@ CASES = {
     1: [(8, 128, 512)],
     3: [(2, 32, 16)],
 }
-CONVS = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
 KERNEL = 3
 
 
@@ -47,15 +45,10 @@ def run(batch: int, channels: int, size: int, rank: int) -> None:
     w = torch.randn(channels, channels, *[KERNEL] * rank) / (channels * taps) ** 0.5
     m = torch.rand(batch, taps, *shape)
 
-    def ours(x: Tensor, o: Tensor, w: Tensor, m: Tensor) -> Tensor:
-        return deform_conv(x, o, w, padding=1, modulation=m)
-
-    def reference(*tensors: Tensor) -> Tensor:
-        with backend("reference"):
-            return ours(*tensors)
-
     given = (x, offset, w, m)
-    contenders = [Contender("dynaconv", ours, given)]
+    modulated = lambda x, o, w, m: deform_conv(x, o, w, padding=1, modulation=m)
+    ours = Contender("dynaconv", modulated, given)
+    contenders = [ours]
     if rank == 2 and deform_conv2d is not None:
         theirs = lambda x, o, w, m: deform_conv2d(x, o, w, None, padding=1, mask=m)
         contenders.append(Contender("torchvision", theirs, given))
@@ -64,17 +57,12 @@ def run(batch: int, channels: int, size: int, rank: int) -> None:
     static = lambda x, w: CONVS[rank](x, w, padding=1)
     contenders += [
         Contender("static convolution", static, (x, w), check=False),
-        Contender("dynaconv, reference", reference, given),
-        Contender("reference", reference, tuple(t.double() for t in given)),
+        on_reference(ours),
     ]
     # float32 positions: a coordinate of 50 is known to some 4e-6.
-    compare(
-        f"{rank}-D, batch {batch}, {channels} channels, size {size}, modulated", contenders, 1e-3
-    )
+    title = f"{rank}-D, batch {batch}, {channels} channels, size {size}, modulated"
+    compare(title, contenders, on_reference(ours, torch.float64), 1e-3)
 
 
 if __name__ == "__main__":
-    header(__file__)
-    for rank, cases in CASES.items():
-        for case in cases:
-            run(*case, rank)
+    main(__file__, CASES, run)

@@ -1,7 +1,7 @@
 """Convolution as plain loops over samples, positions and taps: nothing shared with src."""
 
 from itertools import product
-from math import floor
+from math import floor, prod
 
 import torch
 
@@ -30,6 +30,26 @@ def slow_conv(x, kernel_at, kernel, stride, padding, dilation, groups=1, read=No
                 [tap[g] @ seen[g] for g in range(groups)]
             ).flatten()
     return y
+
+
+def deformed(x, kernel, offset, modulation=None):
+    """`read` for slow_conv: x (N, C, *L) at offset positions, laid out as deform_conv has them."""
+    rank, taps = len(kernel), prod(kernel)
+    groups = offset.shape[1] // (taps * rank)
+
+    def read(n, p, k, position):
+        tap = 0
+        for index, length in zip(k, kernel, strict=True):
+            tap = tap * length + index
+        values = []
+        for g, channels in enumerate(x[n].chunk(groups)):
+            first = (g * taps + tap) * rank
+            moved = [q + offset[(n, first + d, *p)].item() for d, q in enumerate(position)]
+            factor = 1.0 if modulation is None else modulation[(n, g * taps + tap, *p)]
+            values.append(factor * interpolated(channels, moved))
+        return torch.cat(values)
+
+    return read
 
 
 def value_at(x, position):

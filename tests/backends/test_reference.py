@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 import dynaconv
 from dynaconv import functional
 from dynaconv.testing import close
-from tests.slow import interpolated, slow_conv
+from tests.slow import deformed, slow_conv
 
 CONVS = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
 LENGTHS = {1: (9,), 2: (5, 6), 3: (3, 5, 4)}
@@ -91,18 +91,7 @@ def test_deform_conv(rank, geometry, modulated):
     offset = 2 * randn(2, 2 * taps * rank, *size)
     modulation = randn(2, 2 * taps, *size) if modulated else None
 
-    def read(n, p, k, position):
-        tap = 0
-        for index, length in zip(k, geometry["kernel"], strict=True):
-            tap = tap * length + index
-        values = []
-        for g, channels in enumerate(x[n].chunk(2)):
-            first = (g * taps + tap) * rank
-            moved = [q + offset[(n, first + d, *p)].item() for d, q in enumerate(position)]
-            factor = modulation[(n, g * taps + tap, *p)] if modulated else 1.0
-            values.append(factor * interpolated(channels, moved))
-        return torch.cat(values)
-
+    read = deformed(x, geometry["kernel"], offset, modulation)
     expected = slow_conv(x, lambda n, p: w, **geometry, groups=2, read=read)
     output = functional.deform_conv(
         x, offset, w, **moves(geometry), groups=2, modulation=modulation

@@ -10,7 +10,7 @@ from torch.nn import functional as F
 import dynaconv
 from dynaconv.testing import close
 from dynaconv.testing.families import randomized
-from tests.slow import interpolated, slow_conv
+from tests.slow import deformed, slow_conv
 
 SIZES = {1: (9,), 2: (5, 6), 3: (4, 3, 5)}
 GEOMETRIES = [
@@ -130,23 +130,9 @@ def test_deform(rank, geometry, name):
     with torch.no_grad():
         layer.offset_conv.weight *= 3
         layer.offset_conv.bias *= 3
-    taps = prod(loop["kernel"])
-
-    def read(n, p, k, position):
-        tap = 0
-        for index, size in zip(k, loop["kernel"], strict=True):
-            tap = tap * size + index
-        values = []
-        for g, channels in enumerate(x[n].chunk(2)):
-            first = (g * taps + tap) * rank
-            moved = [q + made[(n, first + d, *p)].item() for d, q in enumerate(position)]
-            value = interpolated(channels, moved)
-            if name == "deform_v2":
-                logit = made[(n, 2 * taps * rank + g * taps + tap, *p)]
-                value = value * 1.5 * torch.sigmoid(logit)
-            values.append(value)
-        return torch.cat(values)
-
+    offset, logits = made.tensor_split([2 * prod(loop["kernel"]) * rank], 1)
+    modulation = 1.5 * torch.sigmoid(logits) if name == "deform_v2" else None
+    read = deformed(x, loop["kernel"], offset, modulation)
     weight = layer.weight.detach()
     expected = slow_conv(x, lambda n, p: weight, **loop, read=read)
     close(layer(x), expected + per_channel(layer.bias, rank), "deformable")

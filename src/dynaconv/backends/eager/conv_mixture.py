@@ -15,7 +15,7 @@ from torch import Tensor
 
 from dynaconv.backends import reference
 from dynaconv.backends.eager import conv_per_sample as per_sample
-from dynaconv.backends.eager.ops import GEOMETRY, Operator, output_like
+from dynaconv.backends.eager.ops import GEOMETRY, Operator, few_at_a_time, output_like
 from dynaconv.shapes import Geometry
 
 # Numbers in a chunk of mixed kernels: 16 MB in float32, which a last-level cache holds; but at
@@ -39,9 +39,8 @@ def mixed_kernels(weight: Tensor, coefficients: Tensor) -> Iterator[tuple[slice,
     batch, experts = coefficients.shape[0], weight.flatten(1)
     size = min(batch, max(SHARE, CHUNK // experts.shape[1]))
     buffer = experts.new_empty(size, experts.shape[1])
-    for start in range(0, batch, size):
-        part = slice(start, min(start + size, batch))
-        kernels = torch.mm(coefficients[part], experts, out=buffer[: part.stop - start])
+    for part in few_at_a_time(batch, size):
+        kernels = torch.mm(coefficients[part], experts, out=buffer[: part.stop - part.start])
         yield part, kernels.unflatten(1, weight.shape[1:])
 
 

@@ -12,7 +12,7 @@ The cost rule, from `benchmarks/conv_per_sample.py --rule` on a CPU:
   samples as fit into CHUNK numbers are unfolded at a time.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from math import prod
 from typing import Any
 
@@ -20,7 +20,13 @@ import torch
 from torch import Tensor
 
 from dynaconv.backends import reference
-from dynaconv.backends.eager.ops import GEOMETRY, Operator, gradient_like, output_like
+from dynaconv.backends.eager.ops import (
+    GEOMETRY,
+    Operator,
+    few_at_a_time,
+    gradient_like,
+    output_like,
+)
 from dynaconv.shapes import Geometry
 
 LARGE, BIG, CHUNK = 2**22, 3 * 2**16, 2**20
@@ -140,18 +146,12 @@ def unfold_backward(
     stride, padding, dilation, _ = settings
     geometry = Geometry(tuple(weight.shape[3:]), tuple(stride), tuple(padding), tuple(dilation))
     gw = weight.new_empty(len(weight), weight.shape[1], prod(weight.shape[2:]))
-    for part in chunks(len(input), prod(weight.shape[2:]) * prod(grad.shape[2:])):
+    numbers = prod(weight.shape[2:]) * prod(grad.shape[2:])
+    for part in few_at_a_time(len(input), max(1, CHUNK // numbers)):
         window, size = reference.windows(input[part], geometry)
         columns = window.flatten(2 + len(size)).flatten(1, -2)
         torch.bmm(grad[part].flatten(2), columns.transpose(1, 2), out=gw[part])
     return [input, gw.reshape(weight.shape)]
-
-
-def chunks(batch: int, numbers: int) -> Iterator[slice]:
-    """Slices of the batch that hold CHUNK numbers, of `numbers` a sample; at least one sample."""
-    size = max(1, CHUNK // max(numbers, 1))
-    for start in range(0, batch, size):
-        yield slice(start, min(start + size, batch))
 
 
 FORWARD = {"grouped": grouped, "loop": loop, "matmul": matmul}

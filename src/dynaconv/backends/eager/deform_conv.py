@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from dynaconv.backends import reference
-from dynaconv.backends.eager.ops import GEOMETRY, Operator, output_like
+from dynaconv.backends.eager.ops import GEOMETRY, Operator, few_at_a_time, output_like
 from dynaconv.shapes import Geometry
 
 # Sampled numbers of one tap that are held at a time: 4 MB in float32.
@@ -167,8 +167,7 @@ def _parts(
     offset_groups = offset.shape[1] // (prod(geometry.kernel) * len(length))
     dtype = _working_dtype(input)
     size = max(1, CHUNK // (channels * max(positions, prod(length))))
-    for start in range(0, batch, size):
-        samples = slice(start, min(start + size, batch))
+    for samples in few_at_a_time(batch, size):
         x = input[samples].flatten(2).unflatten(1, (offset_groups, -1))
         rows = x.transpose(2, 3).to(dtype).reshape(-1, channels // offset_groups)
         part_modulation = None if modulation is None else modulation[samples]

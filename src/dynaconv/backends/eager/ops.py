@@ -205,6 +205,12 @@ def _fold(info: Any, in_dims: tuple, args: tuple, shared: Sequence[bool]) -> lis
     return folded
 
 
+def few_at_a_time(batch: int, size: int) -> Iterator[slice]:
+    """Slices of the batch of `size` samples, the last perhaps shorter."""
+    for start in range(0, batch, size):
+        yield slice(start, min(start + size, batch))
+
+
 def memory_format(input: Tensor) -> torch.memory_format:
     """channels_last where the input is (and not contiguous as well), else contiguous."""
     formats = {4: torch.channels_last, 5: torch.channels_last_3d}
