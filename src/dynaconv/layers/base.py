@@ -41,6 +41,8 @@ class DynamicConv(nn.Module):
     exact_options: ClassVar[dict[str, Any]] = {}
     # Learning-rate factors of submodules or parameters that the paper trains slower.
     lr_factors: ClassVar[dict[str, float]] = {}
+    # Whether the output has the size that nn.ConvNd's has; if not, `output_mask` tells it.
+    sized_like_conv: ClassVar[bool] = True
     # Submodules whose cost is the convolution itself, not the making of its kernel.
     convolving: ClassVar[tuple[str, ...]] = ()
 
@@ -68,8 +70,8 @@ class DynamicConv(nn.Module):
             raise ValueError(f"padding_mode={padding_mode!r}; choose from {list(PADDING_MODES)}")
         _check_options(type(self), options)
         self.in_channels, self.out_channels, self.groups = in_channels, out_channels, groups
-        self.kernel_size = ntuple(kernel_size, self.rank, "kernel_size")
-        self.stride = ntuple(stride, self.rank, "stride")
+        self.kernel_size = self.resolve_kernel_size(kernel_size)
+        self.stride = self.resolve_stride(stride)
         self.dilation = ntuple(dilation, self.rank, "dilation")
         self.padding = check_padding(padding, self.stride, self.rank)
         self.padding_mode = padding_mode
@@ -148,7 +150,25 @@ class DynamicConv(nn.Module):
             return padding_mask
         return masking.output_mask(padding_mask, self.geometry())
 
+    @classmethod
+    def as_static(cls, arguments: dict[str, Any], size: tuple[int, ...]) -> dict[str, Any]:
+        """The part of constructor `arguments` that an nn.ConvNd takes.
+
+        Its output has the shape of this layer's on an input of spatial shape `size`, unless
+        `sized_like_conv` is False.
+        """
+        known = inspect.signature(nn.Conv2d.__init__).parameters
+        return {name: value for name, value in arguments.items() if name in known}
+
     # What families use ---------------------------------------------------------------------
+
+    def resolve_kernel_size(self, kernel_size: IntOrTuple) -> tuple[int, ...]:
+        """The constructor's kernel_size once a dimension; a family may allow more than ints."""
+        return ntuple(kernel_size, self.rank, "kernel_size")
+
+    def resolve_stride(self, stride: IntOrTuple) -> tuple[int, ...]:
+        """The constructor's stride once a dimension; a family may allow more than ints."""
+        return ntuple(stride, self.rank, "stride")
 
     def compute(self, x: Tensor, mask: Tensor | None) -> Tensor:
         """From the prepared input to the output."""

@@ -7,7 +7,6 @@ AssertionError with what was found. `CHECKS` lists them; a family is covered by 
 """
 
 import copy
-import inspect
 import io
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -63,15 +62,17 @@ def randomized(cls: type[DynamicConv], arguments: Arguments) -> DynamicConv:
     return layer
 
 
-def static_arguments(arguments: Arguments) -> Arguments:
-    """The part of a layer's arguments that nn.ConvNd has."""
-    known = inspect.signature(nn.Conv2d.__init__).parameters
-    return {name: value for name, value in arguments.items() if name in known}
-
-
 def static_conv(cls: type[DynamicConv], arguments: Arguments) -> ConvNd:
     """The nn.ConvNd of the same arguments, in float64."""
-    return conv_nd(cls.rank, **static_arguments(arguments)).double()
+    return conv_nd(cls.rank, **cls.as_static(arguments, SIZES[cls.rank])).double()
+
+
+def output_shape(layer: DynamicConv, arguments: Arguments, x: Tensor) -> tuple[int, ...]:
+    """nn.ConvNd's for x, or what the layer's own mask says where it goes its own way."""
+    if layer.sized_like_conv:
+        return tuple(static_conv(type(layer), arguments)(x).shape)
+    size = layer.output_mask(x.new_ones(len(x), *x.shape[2:]).bool()).shape[1:]
+    return (len(x), layer.out_channels, *size)
 
 
 def require(condition: object, what: str) -> None:
@@ -106,7 +107,7 @@ def check_shapes(cls: type[DynamicConv], arguments: Arguments) -> None:
             require(change, f"{cls.__name__} refuses its own sample {arguments}")
             continue
         x = example(cls, changed)
-        expected = static_conv(cls, changed)(x).shape
+        expected = output_shape(layer, changed, x)
         require(layer(x).shape == expected, f"{layer}: {layer(x).shape}, nn.ConvNd {expected}")
         require(layer(x[0]).shape == expected[1:], f"{layer}: unbatched input")
         require(layer(x[:0]).shape == (0, *expected[1:]), f"{layer}: empty batch")
@@ -160,7 +161,8 @@ def check_padding_promise(cls: type[DynamicConv], arguments: Arguments) -> None:
 def check_from_conv(cls: type[DynamicConv], arguments: Arguments) -> None:
     """from_conv keeps the function, or says why the family cannot."""
     x = example(cls, arguments)
-    options = {k: v for k, v in arguments.items() if k not in static_arguments(arguments)}
+    static = cls.as_static(arguments, SIZES[cls.rank])
+    options = {k: v for k, v in arguments.items() if k not in static}
     depthwise = {"in_channels": 4, "out_channels": 4, "groups": 4}
     for change in ({}, depthwise):
         conv = static_conv(cls, arguments | change)
