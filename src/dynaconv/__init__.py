@@ -1,16 +1,19 @@
 """Dynamic convolution for PyTorch: 1-D, 2-D and 3-D convolution whose kernel follows the input."""
 
-from dynaconv import backends, functional, layers  # noqa: F401 - importing backends registers them
+from dynaconv import backends, functional, layers, masked  # noqa: F401 - importing backends registers them
 from dynaconv.analyze import analyze
 from dynaconv.anneal import anneal, parameter_groups
 from dynaconv.convert import convert, select
 from dynaconv.dispatch import backend, explain
 from dynaconv.layers import *  # noqa: F403 - made by the registry
-from dynaconv.masking import mask_from_sizes
+from dynaconv.masked import MaskedSequential
+from dynaconv.masking import Padded, mask_from_sizes, pad_batch, unpad_batch
 from dynaconv.registry import families, register_family
 
 __version__ = "0.1.0"
 __all__ = [
+    "MaskedSequential",
+    "Padded",
     "analyze",
     "anneal",
     "backend",
@@ -20,8 +23,11 @@ __all__ = [
     "functional",
     "layers",
     "mask_from_sizes",
+    "masked",
+    "pad_batch",
     "parameter_groups",
     "register_family",
     "select",
+    "unpad_batch",
     *layers.__all__,
 ]

@@ -4,12 +4,87 @@ A mask is (N, *L) bool, True where real. The real positions of a sample start at
 dimension and fill a block: a sentence's length, an image's height and width.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from dynaconv.shapes import Geometry
+
+
+class Padded(NamedTuple):
+    """A batch (N, C, *L) of samples of different sizes, zero where the mask (N, *L) is False.
+
+    The mask is None where every position is real.
+    """
+
+    data: Tensor
+    mask: Tensor | None
+
+
+def pad_batch(samples: Sequence[Tensor], value: float = 0, multiple: int = 1) -> Padded:
+    """Samples (C, *L) of any sizes as one batch, filled up with `value` at the ends.
+
+    The batch's sizes are the largest sample's, rounded up to a `multiple`.
+
+    >>> data, mask = pad_batch([torch.ones(2, 3), torch.ones(2, 1)])
+    >>> data.shape, mask.int().tolist()
+    (torch.Size([2, 2, 3]), [[1, 1, 1], [1, 0, 0]])
+    """
+    if not samples:
+        raise ValueError("pad_batch: there are no samples")
+    first = samples[0]
+    if any(s.dim() != first.dim() or s.shape[0] != first.shape[0] for s in samples):
+        given = sorted({tuple(s.shape) for s in samples})
+        raise ValueError(f"pad_batch: samples differ in more than size: {given}; give (C, *L)")
+    sizes = torch.tensor([s.shape[1:] for s in samples], device=first.device)
+    shape = [-(-n // multiple) * multiple for n in sizes.amax(0).tolist()]
+    return Padded(_stack(samples, shape, value), mask_from_sizes(sizes, shape))
+
+
+def unpad_batch(data: Tensor, mask: Tensor | None) -> list[Tensor]:
+    """The samples (C, *L) of a batch, each of its own size: the inverse of `pad_batch`."""
+    if mask is None:
+        return list(data)
+    return [crop(d, n) for d, n in zip(data, sizes_from_mask(mask).tolist(), strict=True)]
+
+
+def crop(x: Tensor, size: Sequence[int]) -> Tensor:
+    """The first `size` positions of the last dimensions, one entry a dimension."""
+    for d, length in enumerate(size, start=x.dim() - len(size)):
+        x = x.narrow(d, 0, length)
+    return x
+
+
+def each_size(function: Callable[[Tensor], Tensor], x: Tensor, mask: Tensor) -> Padded:
+    """`function` on x (N, C, *L) as if each sample came alone, at its own size.
+
+    Samples of one size go together, (n, C, *size), so `function` is called once a size; its
+    outputs (n, C_out, *size_out) come back as one padded batch.
+    """
+    if not x.shape[0]:
+        data = function(x)
+        return Padded(data, mask.new_ones(0, *data.shape[2:]))
+    sizes, inverse = sizes_from_mask(mask).unique(dim=0, return_inverse=True)
+    groups = [(inverse == i).nonzero().flatten() for i in range(sizes.shape[0])]
+    outputs = [
+        function(crop(x[index], size)) for index, size in zip(groups, sizes.tolist(), strict=True)
+    ]
+    given = torch.tensor([o.shape[2:] for o in outputs], device=x.device)
+    shape = given.amax(0).tolist()
+    together = torch.cat([_stack([o], shape, 0)[0] for o in outputs])
+    return Padded(together[torch.cat(groups).argsort()], mask_from_sizes(given[inverse], shape))
+
+
+def _stack(samples: Sequence[Tensor], shape: Sequence[int], value: float) -> Tensor:
+    """Samples filled up to `shape` with `value` and stacked."""
+    filled = []
+    for sample in samples:
+        ends = [n - m for n, m in zip(shape, sample.shape[-len(shape) :], strict=True)]
+        filled.append(F.pad(sample, [w for end in reversed(ends) for w in (0, end)], value=value))
+    return torch.stack(filled)
 
 
 def mask_from_sizes(sizes: Tensor | Sequence, shape: Sequence[int]) -> Tensor:
@@ -19,7 +94,7 @@ def mask_from_sizes(sizes: Tensor | Sequence, shape: Sequence[int]) -> Tensor:
     [[1, 0, 0, 0], [1, 1, 1, 0]]
     """
     sizes = torch.as_tensor(sizes)
-    sizes = sizes.reshape(len(sizes), -1)
+    sizes = sizes.unsqueeze(1) if sizes.dim() == 1 else sizes
     if sizes.shape[1] != len(shape):
         raise ValueError(f"sizes have {sizes.shape[1]} dimensions, shape has {len(shape)}")
     mask = torch.ones(len(sizes), *shape, dtype=torch.bool, device=sizes.device)

@@ -28,25 +28,29 @@ class SafeBatchNorm(_BatchNorm):
             )
         if mask is None:
             return super().forward(input)
-        return self._masked(input, mask)
+        return masked_batch_norm(self, input, mask)
 
-    def _masked(self, input: Tensor, mask: Tensor) -> Tensor:
-        """Training mode over the real positions; mask (N, *L)."""
-        real = mask.unsqueeze(1)
-        over = [d for d in range(input.dim()) if d != 1]
-        count = real.sum().clamp(min=1).to(input.dtype)
-        shape = (1, -1, *[1] * (input.dim() - 2))
-        mean = input.masked_fill(~real, 0).sum(over) / count
-        centred = input - mean.reshape(shape)
-        variance = centred.masked_fill(~real, 0).square().sum(over) / count
-        if self.track_running_stats:
-            with torch.no_grad():
-                unbiased = variance * count / (count - 1).clamp(min=1)
-                self.num_batches_tracked.add_(1)  # type: ignore[union-attr]
-                self.running_mean.lerp_(mean.to(self.running_mean.dtype), self.momentum)  # type: ignore
-                self.running_var.lerp_(unbiased.to(self.running_var.dtype), self.momentum)  # type: ignore
-        output = centred * (variance + self.eps).rsqrt().reshape(shape)
-        return output * self.weight.reshape(shape) + self.bias.reshape(shape)
+
+def masked_batch_norm(norm: _BatchNorm, input: Tensor, mask: Tensor) -> Tensor:
+    """`norm` in training mode, with the statistics of the real positions; mask (N, *L)."""
+    real = mask.unsqueeze(1)
+    over = [d for d in range(input.dim()) if d != 1]
+    count = real.sum().clamp(min=1).to(input.dtype)
+    shape = (1, -1, *[1] * (input.dim() - 2))
+    mean = input.masked_fill(~real, 0).sum(over) / count
+    centred = input - mean.reshape(shape)
+    variance = centred.masked_fill(~real, 0).square().sum(over) / count
+    if norm.track_running_stats:
+        with torch.no_grad():
+            unbiased = variance * count / (count - 1).clamp(min=1)
+            norm.num_batches_tracked.add_(1)  # type: ignore[union-attr]
+            momentum = norm.momentum or 1 / float(norm.num_batches_tracked)  # type: ignore[arg-type]
+            norm.running_mean.lerp_(mean.to(norm.running_mean.dtype), momentum)  # type: ignore
+            norm.running_var.lerp_(unbiased.to(norm.running_var.dtype), momentum)  # type: ignore
+    output = centred * (variance + norm.eps).rsqrt().reshape(shape)
+    if norm.affine:
+        output = output * norm.weight.reshape(shape) + norm.bias.reshape(shape)
+    return output
 
 
 class Squeeze(nn.Module):
