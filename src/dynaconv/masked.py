@@ -39,7 +39,7 @@ def apply(module: nn.Module, x: Tensor, mask: Tensor | None) -> Padded:
             x, mask = apply(child, x, mask)
         return Padded(x, mask)
     if hasattr(module, "masked_forward"):
-        return module.masked_forward(x, mask)  # type: ignore[operator]
+        return module.masked_forward(x, mask)
     if mask is None:
         output = module(x)
         return output if isinstance(output, Padded) else Padded(output, None)
@@ -104,13 +104,12 @@ def _dynamic(module: DynamicConv, x: Tensor, mask: Tensor) -> Padded:
 def _static(module: ConvNd, x: Tensor, mask: Tensor) -> Padded:
     if module.padding_mode != "zeros":
         return _alone(module, x, mask)
-    rank = mask.dim() - 1
-    pads = module.padding
-    if pads == "same":
-        return Padded(module(_zeroed(x, mask)), mask)
-    pads = (0,) * rank if pads == "valid" else pads
+    output, padding = module(_zeroed(x, mask)), module.padding
+    if padding == "same":
+        return Padded(output, mask)
+    pads = (0,) * (mask.dim() - 1) if isinstance(padding, str) else padding
     geometry = Geometry(module.kernel_size, module.stride, pads, module.dilation)
-    return Padded(module(_zeroed(x, mask)), masking.output_mask(mask, geometry))
+    return Padded(output, masking.output_mask(mask, geometry))
 
 
 @rule(_BatchNorm)
