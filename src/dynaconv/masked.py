@@ -39,7 +39,7 @@ def apply(module: nn.Module, x: Tensor, mask: Tensor | None) -> Padded:
             x, mask = apply(child, x, mask)
         return Padded(x, mask)
     if hasattr(module, "masked_forward"):
-        return module.masked_forward(x, mask)
+        return module.masked_forward(x, mask)  # type: ignore[operator]
     if mask is None:
         output = module(x)
         return output if isinstance(output, Padded) else Padded(output, None)
@@ -60,7 +60,7 @@ class MaskedSequential(nn.Sequential):
         zero where its mask is False. The mask is None once a module has pooled it away.
     """
 
-    def forward(self, input: Tensor, padding_mask: Tensor | None = None) -> Padded:  # type: ignore[override]
+    def forward(self, input: Tensor, padding_mask: Tensor | None = None) -> Padded:
         if padding_mask is not None:
             masking.check_mask(padding_mask, input)
         x, mask = apply(nn.Sequential(*self), input, padding_mask)
