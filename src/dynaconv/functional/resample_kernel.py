@@ -53,20 +53,19 @@ def resample_kernel(weight: Tensor, size: IntOrTuple, mode: str = "area") -> Ten
     for d, new in enumerate(ntuple(size, rank, f"{NAME}: size"), start=first):
         old = weight.shape[d]
         if new != old:
-            matrix = resampling_matrix(old, new, mode).to(weight)
+            # torch.compile does not see through the cache.
+            make = resampling_matrix if torch.compiler.is_compiling() else _cached
+            matrix = make(old, new, mode).to(weight)
             weight = torch.tensordot(weight, matrix, ([d], [1])).movedim(-1, d)
     return weight
 
 
-@torch.compiler.assume_constant_result
 def resampling_matrix(old: int, new: int, mode: str) -> Tensor:
     """M (new, old) of one dimension, in float64."""
-    return _matrix(old, new, mode)
-
-
-@lru_cache(maxsize=256)
-def _matrix(old: int, new: int, mode: str) -> Tensor:
     return _overlaps(old, new) if mode == "area" else torch.linalg.pinv(_resize(old, new).T)
+
+
+_cached = lru_cache(maxsize=256)(resampling_matrix)
 
 
 def _overlaps(old: int, new: int) -> Tensor:
