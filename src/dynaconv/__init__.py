@@ -6,6 +6,7 @@ from dynaconv.anneal import anneal, parameter_groups
 from dynaconv.convert import convert, select
 from dynaconv.dispatch import backend, explain
 from dynaconv.layers import *  # noqa: F403 - made by the registry
+from dynaconv.layers.adaptive_stride import collect_costs
 from dynaconv.masked import MaskedSequential
 from dynaconv.masking import Padded, mask_from_sizes, pad_batch, unpad_batch
 from dynaconv.registry import families, register_family
@@ -17,6 +18,7 @@ __all__ = [
     "analyze",
     "anneal",
     "backend",
+    "collect_costs",
     "convert",
     "explain",
     "families",

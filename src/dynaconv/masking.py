@@ -132,6 +132,21 @@ def masked_mean(x: Tensor, mask: Tensor | None) -> Tensor:
     return x.flatten(2).sum(2) / count.to(x.dtype)
 
 
+def masked_detail(x: Tensor, mask: Tensor | None) -> Tensor:
+    """Mean of |x[p + 1] - x[p]| over all dimensions and pairs of real positions: (N, C)."""
+    total, count = x.new_zeros(x.shape[:2]), x.new_zeros(x.shape[0], 1)
+    for d in range(2, x.dim()):
+        step = x.diff(dim=d).abs()
+        if mask is not None:
+            real = mask.narrow(d - 1, 1, step.shape[d])
+            step = step.masked_fill(~real.unsqueeze(1), 0)
+            count = count + real.flatten(1).sum(1, keepdim=True)
+        else:
+            count = count + step[0, 0].numel() if x.shape[0] else count
+        total = total + step.flatten(2).sum(2)
+    return total / count.clamp(min=1)
+
+
 def check_mask(mask: Tensor, input: Tensor) -> None:
     """ValueError or TypeError unless `mask` is (N, *L) bool on the device of input (N, C, *L)."""
     wanted = (input.shape[0], *input.shape[2:])

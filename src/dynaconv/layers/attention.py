@@ -1,11 +1,12 @@
-"""Attention over pooled features, and a batch norm that bears one value and padding."""
+"""Heads over pooled features, and a batch norm that bears one value and padding."""
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from dynaconv.masking import masked_mean
+from dynaconv.layers.base import without_autocast
+from dynaconv.masking import masked_detail, masked_mean
 
 
 class SafeBatchNorm(_BatchNorm):
@@ -67,3 +68,26 @@ class Squeeze(nn.Module):
     def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
         hidden = self.fc(masked_mean(x, mask))
         return F.relu(hidden if self.bn is None else self.bn(hidden))
+
+
+class Regulator(nn.Module):
+    """A few numbers in -1 ... 1 a sample: tanh(fc(relu(squeeze([mean(x), mean(|dx|)])))).
+
+    (N, C, *L) -> (N, outputs), zero at first. dx is the difference to the next position: how fine
+    the detail is, which tells what size or stride fits. Sizes and strides need more digits than
+    half precision has, so there is no autocast here, and the result is float32 at least.
+    """
+
+    def __init__(self, channels: int, hidden: int, outputs: int) -> None:
+        super().__init__()
+        self.squeeze = nn.Linear(2 * channels, hidden)
+        self.fc = nn.Linear(hidden, outputs)
+        nn.init.zeros_(self.fc.weight)
+        nn.init.zeros_(self.fc.bias)
+
+    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
+        x = x.to(torch.promote_types(x.dtype, torch.float32))
+        pooled = torch.cat([masked_mean(x, mask), masked_detail(x, mask)], 1)
+        with without_autocast(x.device.type):
+            hidden = F.relu(self.squeeze(pooled.to(self.squeeze.weight.dtype)))
+            return torch.tanh(self.fc(hidden).to(x.dtype))

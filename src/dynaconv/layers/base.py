@@ -227,6 +227,10 @@ class DynamicConv(nn.Module):
             padding = self.padding
         return Geometry(self.kernel_size, self.stride, padding, self.dilation)
 
+    def output_size(self, size: tuple[int, ...]) -> tuple[int, ...]:
+        """Spatial shape of the output for an input of spatial shape `size`."""
+        return tuple(size) if self.padding == "same" else self.geometry().output_size(size)
+
     def kernel_shape(self) -> tuple[int, ...]:
         """The shape of a static kernel: (C_out, C_in / groups, *K)."""
         return (self.out_channels, self.in_channels // self.groups, *self.kernel_size)
@@ -285,13 +289,6 @@ def _check_options(cls: type[DynamicConv], options: dict[str, Any]) -> None:
             raise TypeError(f"{cls.__name__} has no option {name!r}; its options: {has}")
 
 
-def without_autocast(device: str) -> AbstractContextManager:
-    """Autocast off; nothing to do on devices that have none."""
-    if torch.amp.is_autocast_available(device):
-        return torch.autocast(device, enabled=False)
-    return nullcontext()
-
-
 def conv_nd(rank: int, *args: Any, **kwargs: Any) -> ConvNd:
     """nn.Conv1d, nn.Conv2d or nn.Conv3d."""
     return CONVS[rank](*args, **kwargs)
@@ -309,3 +306,10 @@ def positive(**values: float) -> None:
     for name, value in values.items():
         if not value > 0:
             raise ValueError(f"{name}={value} must be above 0")
+
+
+def without_autocast(device: str) -> AbstractContextManager:
+    """Autocast off; nothing to do on devices that have none."""
+    if torch.amp.is_autocast_available(device):
+        return torch.autocast(device, enabled=False)
+    return nullcontext()

@@ -234,7 +234,7 @@ def check_state(cls: type[DynamicConv], arguments: Arguments) -> None:
     close(fresh(x), layer(x), f"{cls.__name__} from its state_dict", 0)
     close(copy.deepcopy(layer)(x), layer(x), f"{cls.__name__}, deep copy", 0)
     for name, value in arguments.items():
-        shown = f"{name}={value}" in repr(layer) or name in ("in_channels", "out_channels")
+        shown = f"{name}={value!r}" in repr(layer) or name in ("in_channels", "out_channels")
         shown = shown or value in (layer.kernel_size, True) or name in ("kernel_size", "padding")
         require(shown or name in ("groups", "stride"), f"{name} is not in {layer!r}")
 
