@@ -12,7 +12,7 @@ from pathlib import Path
 ROOT = Path(__file__).parent.parent
 PAGE = ROOT / "docs" / "benchmarks.md"
 READMES = (ROOT / "README.md", ROOT / "README.zh-CN.md")
-SCRIPTS = ("conv_per_sample", "conv_mixture", "conv_per_position", "deform_conv")
+SCRIPTS = ("conv_per_sample", "conv_mixture", "conv_per_position", "deform_conv", "conv")
 BEGIN, END = "<!-- benchmarks/run.py -->", "<!-- end -->"
 # What the READMEs show: section, start of the case's title, what people copy, or run instead.
 SHOWN = (
@@ -21,6 +21,7 @@ SHOWN = (
     ("conv_mixture", "2-D, batch 32, 512 channels, size 7", "copied: batch in groups"),
     ("conv_per_position", "2-D, batch 8, 64 channels", "copied: unfold"),
     ("deform_conv", "2-D, batch 4, 64 channels", "torchvision"),
+    ("conv", "2-D, batch 1, 16 channels depthwise, size 224, kernel 112", "F.conv2d"),
 )
 HEAD = (
     "| primitive | case | against | forward | with backward | peak memory |\n"

@@ -1,3 +1,5 @@
+import csv
+import json
 import os
 import re
 import signal
@@ -12,10 +14,13 @@ from PIL import Image
 from typer.testing import CliRunner
 
 import dynaconv.training.demo as demo_module
+import dynaconv.training.text_demo as text_demo_module
 from dynaconv.cli import app
+from dynaconv.data.phrases import make_texts
 from dynaconv.registry import names
 from dynaconv.training.files import load_model, save_model
 from dynaconv.training.model import Config, build
+from dynaconv.training.text_model import TextConfig, build_text, label
 from tests.data.folders import make_folder
 
 SMALL = ["--widths", "4,8", "--size", "16", "--batch", "2", "--epochs", "2"]
@@ -243,8 +248,12 @@ def test_inspect_refusals(checkpoint, image, tmp_path):
 
 
 def test_a_killed_training_goes_on_and_ends_the_same(folder, tmp_path):
-    """SIGKILL in mid-training; the same command then ends bit-equal to an undisturbed run."""
     arguments = ["train", str(folder), "--widths", "4,8", "--size", "16", "--epochs", "100"]
+    _killed_and_undisturbed(arguments, tmp_path)
+
+
+def _killed_and_undisturbed(arguments, tmp_path):
+    """SIGKILL in mid-training; the same command then ends bit-equal to an undisturbed run."""
     killed, undisturbed = tmp_path / "killed", tmp_path / "undisturbed"
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-m", "dynaconv.cli", *arguments, "--out", str(killed)]
@@ -258,8 +267,158 @@ def test_a_killed_training_goes_on_and_ends_the_same(folder, tmp_path):
         assert process.wait() == -signal.SIGKILL
     assert not (killed / "model.pt").exists()
     reached = torch.load(killed / "last.ckpt", weights_only=True)["epoch"]
-    assert reached < 99
+    assert reached + 1 < int(arguments[-1])
     succeeds(*arguments, "--out", killed)
     succeeds(*arguments, "--out", undisturbed)
     first, second = (load_model(out / "model.pt")[0].state_dict() for out in (killed, undisturbed))
     assert all(torch.equal(value, second[name]) for name, value in first.items())
+
+
+TINY_TEXT = ["--channels", "8", "--blocks", "2", "--kernel", "3", "--epochs", "2", "--batch", "4"]
+
+
+@pytest.fixture
+def texts(tmp_path):
+    """Three languages in one script, as a CSV file."""
+    made = make_texts("train", 12)
+    rows = [
+        row for row in zip(made.texts, made.labels, strict=True) if row[1] in ("de", "es", "fi")
+    ]
+    path = tmp_path / "texts.csv"
+    with open(path, "w", newline="", encoding="utf-8") as file:
+        csv.writer(file).writerows([("text", "label"), *rows])
+    return path
+
+
+@pytest.fixture(scope="module")
+def text_checkpoint(tmp_path_factory):
+    path = tmp_path_factory.mktemp("text") / "model.pt"
+    config = TextConfig(
+        layer="dynamic_lightconv", labels=["de", "es"], characters="abc é", channels=16, blocks=2
+    )
+    save_model(path, build_text(config), config)
+    return path
+
+
+def test_train_predict_inspect_texts(texts, tmp_path):
+    out = tmp_path / "run"
+    output = succeeds("train", texts, "--layer", "dynamic_lightconv", *TINY_TEXT, "--out", out)
+    assert "33 train and 3 val texts, 3 labels, " in output
+    assert re.search(r"validation accuracy \d+\.\d after 2 epochs", output)
+    assert files(out) == ["last.ckpt", "model.pt"]
+    predictions = tmp_path / "p" / "said.jsonl"
+    assert "36 texts of" in succeeds("predict", out / "model.pt", texts, "--out", predictions)
+    lines = [json.loads(line) for line in predictions.read_text("utf-8").splitlines()]
+    with open(texts, newline="", encoding="utf-8") as file:
+        assert [line["text"] for line in lines] == [row["text"] for row in csv.DictReader(file)]
+    assert all(line["label"] in ("de", "es", "fi") for line in lines)
+    assert all(1 / 3 < line["probability"] <= 1 for line in lines)
+    assert files(tmp_path / "p") == ["said.jsonl"]
+    said = succeeds("predict", out / "model.pt", "--text", lines[0]["text"], "--text", "a[b]c")
+    first, second = said.splitlines()
+    assert first == f"{lines[0]['label']}  {lines[0]['probability']:.3f}  {lines[0]['text']}"
+    assert second.endswith("  a[b]c")
+    picture = tmp_path / "inspect.png"
+    succeeds("inspect", out / "model.pt", "--text", "drei $Wörter$ 漢字", "--out", picture)
+    assert pixels(picture).shape[1] > 500
+
+
+def test_predictions_as_csv_from_json_lines(text_checkpoint, tmp_path):
+    given = tmp_path / "a.jsonl"
+    given.write_text('{"text": "a, \\"b\\""}\n{"text": "e\\u0301"}\n', encoding="utf-8")
+    out = tmp_path / "said.csv"
+    succeeds("predict", text_checkpoint, given, "--out", out)
+    with open(out, newline="", encoding="utf-8") as file:
+        head, *lines = csv.reader(file)
+    assert head == ["text", "label", "probability"]
+    assert [line[0] for line in lines] == ['a, "b"', "é"]
+    model, config = load_model(text_checkpoint)
+    named, shares = label(model, config, ['a, "b"', "é"])
+    assert [line[1] for line in lines] == named
+    assert [float(line[2]) for line in lines] == shares
+
+
+def test_predictions_are_written_by_default_beside_nothing(text_checkpoint, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "a.csv").write_text("text\na\nb\n", encoding="utf-8")
+    assert "2 texts of a.csv -> predictions.csv" in succeeds("predict", text_checkpoint, "a.csv")
+    assert files(tmp_path) == ["a.csv", "predictions.csv"]
+
+
+def test_train_texts_refusals(texts, tmp_path):
+    out = ["--out", tmp_path / "run"]
+    assert "no such file" in refused("train", tmp_path / "no.csv", *out)
+    assert "--size, --widths: not for text, which" in refused(
+        "train", texts, "--size", "32", "--widths", "8", *out
+    )
+    assert "kernel=4 has no middle" in refused("train", texts, "--kernel", "4", *out)
+    assert "heads=8 does not divide 12" in refused(
+        "train", texts, "--layer", "lightconv", "--channels", "12", *out
+    )
+    (tmp_path / "val.csv").write_text("text,label\na,xx\nb,\n", encoding="utf-8")
+    text = refused("train", texts, "--val", tmp_path / "val.csv", *out)
+    assert "val.csv, line 3: its label is empty" in text
+    (tmp_path / "val.csv").write_text("text,label\na,xx\n", encoding="utf-8")
+    text = refused("train", texts, "--val", tmp_path / "val.csv", *out)
+    assert "val.csv, line 2: unknown label 'xx'" in text
+    assert files(tmp_path / "run") == []
+
+
+def test_train_images_refuses_options_of_texts(folder, tmp_path):
+    text = refused("train", folder, "--kernel", "3", "--out", tmp_path / "run")
+    assert "--kernel: not for images, which" in text
+
+
+def test_a_validation_file_is_used(texts, tmp_path):
+    val = tmp_path / "val.csv"
+    val.write_text("\n".join(texts.read_text("utf-8").splitlines()[:3]), encoding="utf-8")
+    output = succeeds("train", texts, *TINY_TEXT, "--val", val, "--out", tmp_path / "run")
+    assert "36 train and 2 val texts" in output
+    assert "2 of the val texts are train texts too" in output
+
+
+def test_predict_texts_refusals(checkpoint, text_checkpoint, image, texts, tmp_path):
+    out = tmp_path / "said.csv"
+    assert "is a model of images" in refused("predict", checkpoint, "--text", "a")
+    assert "give an image" in refused("predict", checkpoint)
+    assert "give one file of texts, or --text" in refused("predict", text_checkpoint)
+    assert "give one file" in refused("predict", text_checkpoint, texts, texts)
+    assert "give one file" in refused("predict", text_checkpoint, texts, "--text", "a")
+    assert "--text: its text is empty" in refused("predict", text_checkpoint, "--text", " ")
+    assert "not a text file that is known" in refused("predict", text_checkpoint, image)
+    assert "said.txt: give a file that ends in" in refused(
+        "predict", text_checkpoint, texts, "--out", tmp_path / "said.txt"
+    )
+    before = texts.read_bytes()
+    assert "would overwrite the texts" in refused("predict", text_checkpoint, texts, "--out", texts)
+    assert texts.read_bytes() == before
+    texts.write_text("text,label\na,b\n,c\n")
+    assert "texts.csv, line 3: its text is empty" in refused(
+        "predict", text_checkpoint, texts, "--out", out
+    )
+    assert not out.exists()
+
+
+def test_inspect_texts_refusals(checkpoint, text_checkpoint, image, tmp_path):
+    assert "is a model of texts; give --text" in refused("inspect", text_checkpoint, image)
+    assert "is a model of texts; give --text" in refused("inspect", text_checkpoint)
+    assert "is a model of images; give an image" in refused("inspect", checkpoint, "--text", "a")
+    assert "is a model of images; give an image" in refused("inspect", checkpoint)
+    assert "its text is empty" in refused("inspect", text_checkpoint, "--text", "")
+
+
+def test_demo_of_texts(tmp_path, monkeypatch):
+    tiny = text_demo_module.TextBudget(texts=4, val=3, epochs=1, seeds=1, channels=8, blocks=1)
+    monkeypatch.setattr(text_demo_module, "QUICK", tiny)
+    out = tmp_path / "out"
+    output = succeeds("demo", "--task", "text", "--quick", "--out", out)
+    for layer in ("static", *text_demo_module.LAYERS):
+        assert re.search(rf"^ *{layer} +\d+\.\d +\d", output, re.M)
+        assert re.search(rf"^ *{layer} +66 of 66 +\d\.\de-\d\d", output, re.M)
+    expected = [f"models/text-{name}-0.pt" for name in sorted(["static", *text_demo_module.LAYERS])]
+    assert files(out) == [*expected, "text.html"]
+
+
+def test_a_killed_text_training_goes_on_and_ends_the_same(texts, tmp_path):
+    arguments = ["train", str(texts), "--layer", "dyconv", *TINY_TEXT, "--epochs", "60"]
+    _killed_and_undisturbed(arguments, tmp_path)

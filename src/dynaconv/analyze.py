@@ -1,5 +1,7 @@
 """Parameters and multiply-accumulates of a model, by layer, beside static convolutions."""
 
+from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass
 from math import prod
 from typing import Any
@@ -78,15 +80,15 @@ def analyze(model: nn.Module, *inputs: Tensor, **kwargs: Any) -> Analysis:
         for name, module in model.named_modules()
         if isinstance(module, DynamicConv | ConvNd) and not _inside_dynamic(model, name)
     }
-    sizes: dict[str, int] = {}
-    hooks = [
-        module.register_forward_hook(
-            lambda _, __, output, name=name: sizes.__setitem__(
-                name, sizes.get(name, 0) + output.numel()
-            )
-        )
-        for name, module in layers.items()
-    ]
+    static_macs: Counter[str] = Counter()
+
+    def count_static(name: str) -> Callable:
+        def hook(layer: DynamicConv | ConvNd, given: tuple, output: Any) -> None:
+            static_macs[name] += _static_macs(layer, given[0], output)
+
+        return hook
+
+    hooks = [m.register_forward_hook(count_static(name)) for name, m in layers.items()]
     training = {module: module.training for module in model.modules()}
     counter = FlopCounterMode(display=False)
     try:
@@ -100,9 +102,9 @@ def analyze(model: nn.Module, *inputs: Tensor, **kwargs: Any) -> Analysis:
     counts = {name: sum(ops.values()) // 2 for name, ops in counter.get_flop_counts().items()}
     root = type(model).__name__
     rows = [
-        _row(name, module, counts, f"{root}.{name}" if name else root, sizes[name])
+        _row(name, module, counts, f"{root}.{name}" if name else root, static_macs[name])
         for name, module in layers.items()
-        if name in sizes
+        if name in static_macs
     ]
     parameters, macs = _parameters(model), counter.get_total_flops() // 2
     return Analysis(
@@ -114,10 +116,19 @@ def analyze(model: nn.Module, *inputs: Tensor, **kwargs: Any) -> Analysis:
     )
 
 
+def _static_macs(layer: DynamicConv | ConvNd, x: Tensor, output: Any) -> int:
+    """Those of the nn.ConvNd with this kernel and output."""
+    kernel = layer.kernel_size
+    if isinstance(layer, DynamicConv):
+        kernel = layer.kernel_size_at(tuple(x.shape[-layer.rank :]))
+    data = output[0] if isinstance(output, tuple) else output
+    return data.numel() * layer.in_channels // layer.groups * prod(kernel)
+
+
 def _row(
-    name: str, layer: DynamicConv | ConvNd, counts: dict[str, int], key: str, size: int
+    name: str, layer: DynamicConv | ConvNd, counts: dict[str, int], key: str, whole: int
 ) -> Row:
-    """One layer's row; `size` is the number of its output's elements."""
+    """One layer's row; `whole` are the static convolution's MACs."""
     window = layer.in_channels // layer.groups * prod(layer.kernel_size)
     static = layer.out_channels * (window + (layer.bias is not None))
     total = counts.get(key, 0)
@@ -127,7 +138,7 @@ def _row(
         for child, _ in layer.named_children()
         if child not in convolving
     )
-    rest, whole = total - generation, window * size
+    rest = total - generation
     # Layers that convolve by submodules, and those that mix no channels, have nothing beyond.
     mixing = 0 if convolving else max(0, rest - whole)
     kind, parameters = type(layer).__name__, _parameters(layer)

@@ -3,16 +3,20 @@
 import importlib.util
 import re
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from enum import StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, NoReturn
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 if TYPE_CHECKING:  # loaded within the commands, so that the others start at once
-    from dynaconv.training.model import Config
+    from dynaconv.training.model import Config, RunConfig
+    from dynaconv.training.task import Bar, History
+    from dynaconv.training.text_model import TextConfig, TextNet
+    from dynaconv.training.unet import UNet
 
-NEEDS = ("typer", "rich", "lightning", "torchmetrics", "matplotlib", "PIL", "sklearn")
+NEEDS = ("typer", "rich", "lightning", "torchmetrics", "matplotlib", "PIL", "sklearn", "babel")
 _missing = [name for name in NEEDS if importlib.util.find_spec(name) is None]
 if _missing:
     sys.exit(f"dynaconv: {', '.join(_missing)} missing; run: pip install 'dynaconv[app]'")
@@ -32,6 +36,18 @@ from dynaconv.data.errors import InputError  # noqa: E402
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, help=__doc__)
 Option, Argument = typer.Option, typer.Argument
+IMAGES: dict[str, Any] = {"rich_help_panel": "For images"}
+TEXTS: dict[str, Any] = {"rich_help_panel": "For texts"}
+
+
+class Kind(StrEnum):
+    """What a network learns from."""
+
+    IMAGES = "images"
+    TEXT = "text"
+
+
+RANKS = {Kind.IMAGES: 2, Kind.TEXT: 1}
 
 
 def main() -> None:
@@ -60,25 +76,31 @@ def refuse(message: str) -> NoReturn:
 @app.command()
 @told()
 def demo(
-    quick: Annotated[bool, Option("--quick", help="A minute instead of six.")] = False,
+    task: Annotated[Kind, Option(help="What the networks learn.")] = Kind.IMAGES,
+    quick: Annotated[bool, Option("--quick", help="A minute instead of several.")] = False,
     layers: Annotated[str, Option(help="Families, separated by commas. Default: three.")] = "",
     seeds: Annotated[int | None, Option(min=1, help="Trainings of each layer.")] = None,
     seed: Annotated[int, Option(min=0, help="The first seed.")] = 0,
     out: Annotated[Path, Option(help="Where the report and the models go.")] = Path("demo"),
 ) -> None:
-    """Compares static and dynamic U-Nets on embedded real pixels; writes an HTML report."""
-    from dynaconv.training.demo import FULL, LAYERS, QUICK, SIZE, rows, run
+    """Compares static and dynamic networks on embedded real pixels, or phrases; writes a page."""
     from dynaconv.training.files import check_writable
+
+    names = [name.strip() for name in layers.split(",") if name.strip()]
+    for name in names:
+        _check_layer(name, "--layers", RANKS[task])
+    check_writable(out)
+    (_demo_images if task is Kind.IMAGES else _demo_text)(names, quick, seeds, seed, out)
+
+
+def _demo_images(names: list[str], quick: bool, seeds: int | None, seed: int, out: Path) -> None:
+    from dynaconv.training.demo import FULL, LAYERS, QUICK, SIZE, rows, run
     from dynaconv.training.report import write_report
 
-    names = [name.strip() for name in layers.split(",") if name.strip()] or list(LAYERS)
-    for name in names:
-        _check_layer(name, "--layers")
-    check_writable(out)
     budget = QUICK if quick else FULL
     budget = replace(budget, seeds=seeds or budget.seeds)
     with _progress() as progress:
-        results, val = run(names, budget, seed, out, progress)
+        results, val = run(names or LAYERS, budget, seed, out, progress)
     _print_table(*rows(results))
     about = (
         f"{budget.scenes} training and {budget.val} validation scenes of {SIZE}x{SIZE} pixels, "
@@ -89,58 +111,152 @@ def demo(
     _say(f"report: {out / 'report.html'}")
 
 
+def _demo_text(names: list[str], quick: bool, seeds: int | None, seed: int, out: Path) -> None:
+    from dynaconv.data.phrases import LANGUAGES
+    from dynaconv.training.text_demo import FULL, LAYERS, QUICK, promise, rows, run
+    from dynaconv.training.text_report import write_text_report
+
+    budget = QUICK if quick else FULL
+    budget = replace(budget, seeds=seeds or budget.seeds)
+    with _progress() as progress:
+        results, config, val = run(names or LAYERS, budget, seed, out, progress)
+    _print_table(*rows(results))
+    _say("")
+    _print_table(*promise(results, len(val)))
+    about = (
+        f"{budget.texts} training and {budget.val} validation texts of each of {len(LANGUAGES)} "
+        f"languages, {budget.epochs} epochs, {budget.seeds} training(s) of each layer from seed "
+        f"{seed}"
+    )
+    write_text_report(out / "text.html", results, config, val, about)
+    _say(about)
+    _say(f"page: {out / 'text.html'}")
+
+
 @app.command()
 @told()
 def train(
-    folder: Annotated[
-        Path, Argument(help="Holds train/images, train/masks, val/images, val/masks.")
+    data: Annotated[
+        Path,
+        Argument(
+            help="A folder with train/images, train/masks, val/images, val/masks; or a CSV or "
+            "JSON Lines file with text and label."
+        ),
     ],
     layer: Annotated[str, Option(help="A family, or 'static'.")] = "odconv",
-    classes: Annotated[int | None, Option(min=2, help="Default: as the train masks show.")] = None,
-    ignore: Annotated[int, Option(help="The mask value that means no class.")] = 255,
-    epochs: Annotated[int, Option(min=1)] = 30,
-    batch: Annotated[int, Option(min=1)] = 8,
+    epochs: Annotated[int | None, Option(min=1, help="Default: 30; texts 10.")] = None,
+    batch: Annotated[int | None, Option(min=1, help="Default: 8; texts 32.")] = None,
     lr: Annotated[float, Option(min=1e-8, help="Peak learning rate.")] = 2e-3,
-    size: Annotated[int, Option(min=16, help="Height and width of the random crops.")] = 160,
-    widths: Annotated[str, Option(help="Channels from half resolution down.")] = "32,64,96,128",
-    where: Annotated[str, Option(help="Regular expression: which parts are dynamic.")] = "",
     seed: Annotated[int, Option(min=0)] = 0,
     out: Annotated[Path | None, Option(help="Default: runs/LAYER-SEED.")] = None,
+    classes: Annotated[
+        int | None, Option(min=2, help="Default: as the train masks show.", **IMAGES)
+    ] = None,
+    ignore: Annotated[
+        int | None, Option(help="The mask value that means no class. Default: 255.", **IMAGES)
+    ] = None,
+    size: Annotated[
+        int | None, Option(min=16, help="Height and width of the crops. Default: 160.", **IMAGES)
+    ] = None,
+    widths: Annotated[
+        str | None, Option(help="Channels from half size down. Default: 32,64,96,128.", **IMAGES)
+    ] = None,
+    where: Annotated[
+        str | None, Option(help="Regular expression: which parts are dynamic.", **IMAGES)
+    ] = None,
+    val: Annotated[
+        Path | None, Option(help="File of validation texts. Default: a tenth of FILE.", **TEXTS)
+    ] = None,
+    channels: Annotated[int | None, Option(min=1, help="Default: 64.", **TEXTS)] = None,
+    blocks: Annotated[int | None, Option(min=1, help="Default: 3.", **TEXTS)] = None,
+    kernel: Annotated[int | None, Option(min=1, help="Taps, odd. Default: 5.", **TEXTS)] = None,
 ) -> None:
-    """Trains a U-Net on your images and masks; goes on from its last checkpoint after a kill."""
+    """Trains on your images and masks, or texts; goes on from its last checkpoint after a kill."""
+    from dynaconv.data.text import is_text
+
+    out = out or Path("runs") / f"{layer}-{seed}"
+    shared = _given(layer=layer, epochs=epochs, batch=batch, lr=lr, seed=seed)
+    images = _given(classes=classes, ignore=ignore, size=size, widths=widths, where=where)
+    texts = _given(val=val, channels=channels, blocks=blocks, kernel=kernel)
+    kind, foreign = (Kind.TEXT, images) if is_text(data) else (Kind.IMAGES, texts)
+    _check_layer(layer, "--layer", RANKS[kind])
+    if foreign:
+        options = ", ".join(f"--{name}" for name in foreign)
+        raise InputError(f"{options}: not for {kind.value}, which {data} holds")
+    if kind is Kind.TEXT:
+        _train_texts(data, texts.pop("val", None), out, shared | texts)
+    else:
+        _train_images(data, classes, out, shared | images)
+
+
+def _train_images(folder: Path, classes: int | None, out: Path, options: dict[str, Any]) -> None:
     from dynaconv.data.folder import FolderData, check_folder
     from dynaconv.training.files import check_writable
-    from dynaconv.training.model import WHERE, Config
-    from dynaconv.training.task import Bar, fit
+    from dynaconv.training.model import Config, build
+    from dynaconv.training.task import fit
 
-    _check_layer(layer, "--layer")
-    out = out or Path("runs") / f"{layer}-{seed}"
-    config = Config(
-        layer=layer,
-        where=where or WHERE,
-        classes=classes or 2,
-        ignore=ignore,
-        widths=_numbers("--widths", widths),
-        epochs=epochs,
-        batch=batch,
-        lr=lr,
-        size=size,
-        seed=seed,
-    )
-    _check_model(config)
+    if "widths" in options:
+        options["widths"] = _numbers("--widths", options["widths"])
+    config = Config(**{"classes": 2} | options)
+    try:
+        re.compile(config.where)
+        build(config)
+    except re.error as error:
+        raise InputError(f"--where {config.where!r} is no regular expression: {error}") from None
+    except ValueError as error:
+        raise InputError(f"--layer, --widths and --where make no model: {error}") from None
     check_writable(out)
     with _console().status("reading every image and mask once"):
-        found = check_folder(folder, classes, ignore)
+        found = check_folder(folder, classes, config.ignore)
     config = replace(config, classes=found.classes)
     _say(f"{len(found.train)} train and {len(found.val)} val images, {found.classes} classes")
-    data = FolderData(found.train, ignore, size, seed)
-    with _progress() as progress:
-        bar = Bar(progress, progress.add_task(layer, total=None, note=""))
-        _, history = fit(config, data, FolderData(found.val, ignore), out, [bar])
-    best = max(history, key=lambda line: line["miou"])
+    train = FolderData(found.train, config.ignore, config.size, config.seed)
+    held_out = FolderData(found.val, config.ignore)
+    _train(config, out, "mIoU", lambda bars: fit(config, train, held_out, out, bars)[1])
+
+
+def _train_texts(path: Path, val: Path | None, out: Path, options: dict[str, Any]) -> None:
+    from dynaconv.data.text import TextData, check_texts
+    from dynaconv.training.files import check_writable
+    from dynaconv.training.text_model import TextConfig, build_text
+    from dynaconv.training.text_task import fit_text
+
+    check_writable(out)
+    found = check_texts(path, val)
+    config = TextConfig(**options, labels=found.labels, characters=found.characters)
+    try:
+        build_text(config)
+    except ValueError as error:
+        raise InputError(
+            f"--layer, --channels, --blocks and --kernel make no model: {error}"
+        ) from None
     _say(
-        f"validation mIoU {100 * history[-1]['miou']:.1f} after {epochs} epochs, "
-        f"the best {100 * best['miou']:.1f} after {best['epoch']:.0f}"
+        f"{len(found.train)} train and {len(found.val)} val texts, {len(found.labels)} labels, "
+        f"{len(found.characters)} characters"
+    )
+    if found.repeated:
+        _say(f"note: {found.repeated} of the val texts are train texts too")
+    train, held_out = (
+        TextData(part.texts, part.labels, found.characters, found.labels)
+        for part in (found.train, found.val)
+    )
+    _train(config, out, "accuracy", lambda bars: fit_text(config, train, held_out, out, bars)[1])
+
+
+def _train(
+    config: "RunConfig", out: Path, score: str, fit: "Callable[[list[Bar]], History]"
+) -> None:
+    """Trains under a bar, and tells the score."""
+    from dynaconv.training.task import Bar
+
+    with _progress() as progress:
+        bar = Bar(progress, progress.add_task(config.layer, total=None, note=""))
+        history = fit([bar])
+    key = score.lower()
+    best = max(history, key=lambda line: line[key])
+    _say(
+        f"validation {score} {100 * history[-1][key]:.1f} after {config.epochs} epochs, "
+        f"the best {100 * best[key]:.1f} after {best['epoch']:.0f}"
     )
     _say(f"model: {out / 'model.pt'}")
 
@@ -149,18 +265,40 @@ def train(
 @told()
 def predict(
     checkpoint: Annotated[Path, Argument(help="The model.pt of a training.")],
-    files: Annotated[list[Path], Argument(help="Images of any size.")],
-    out: Annotated[Path, Option(help="Folder for masks and overlays.")] = Path("predictions"),
+    files: Annotated[
+        list[Path] | None, Argument(help="Images of any size; or one CSV or JSON Lines file.")
+    ] = None,
+    text: Annotated[
+        list[str] | None, Option(help="A text to label; may be given several times.")
+    ] = None,
+    out: Annotated[
+        Path | None,
+        Option(help="Folder for masks and overlays, or file of labels. Default: predictions."),
+    ] = None,
 ) -> None:
-    """Writes for each image a mask of class indices and an overlay."""
+    """Writes for each image a mask and an overlay, or for each text its label."""
+    from dynaconv.training.files import load_model
+    from dynaconv.training.text_model import TextConfig
+
+    model, config = load_model(checkpoint)
+    if isinstance(config, TextConfig):
+        _predict_texts(model, config, files or [], text or [], out)
+    elif text:
+        raise InputError(f"--text: {checkpoint} is a model of images")
+    elif not files:
+        raise InputError("give an image")
+    else:
+        _predict_images(model, config, files, out or Path("predictions"))
+
+
+def _predict_images(model: "UNet", config: "Config", files: list[Path], out: Path) -> None:
     import numpy as np
 
     from dynaconv.data.images import read_image
-    from dynaconv.training.files import check_writable, load_model, save_picture
+    from dynaconv.training.files import check_writable, save_picture
     from dynaconv.training.model import predict as classes_of
     from dynaconv.training.pictures import overlay
 
-    model, config = load_model(checkpoint)
     outputs = _outputs(files, out)
     for file in outputs:
         read_image(file)  # all are readable before the first is predicted
@@ -174,27 +312,76 @@ def predict(
         _say(f"{file} -> {mask_file}, {overlay_file}")
 
 
+def _predict_texts(
+    model: "TextNet", config: "TextConfig", files: list[Path], texts: list[str], out: Path | None
+) -> None:
+    from dynaconv.data.text import READERS, check_text, read_texts
+    from dynaconv.training.files import check_writable, save_predictions
+    from dynaconv.training.text_model import label
+
+    if len(files) + bool(texts) != 1:
+        raise InputError("give one file of texts, or --text")
+    for text in texts:
+        check_text("--text", text)
+    if texts:
+        for text, name, share in zip(texts, *label(model, config, texts), strict=True):
+            _say(f"{name}  {share:.3f}  {text}")
+        return
+    out = out or Path(f"predictions{files[0].suffix.lower()}")
+    read = read_texts(files[0], labelled=False)
+    if out.suffix.lower() not in READERS:
+        raise InputError(f"--out {out}: give a file that ends in {', '.join(READERS)}")
+    if out.resolve() == files[0].resolve():
+        raise InputError(f"--out {out}: would overwrite the texts")
+    check_writable(out.parent)
+    save_predictions(out, read.texts, *label(model, config, read.texts))
+    _say(f"{len(read)} texts of {files[0]} -> {out}")
+
+
 @app.command()
 @told()
 def inspect(
     checkpoint: Annotated[Path, Argument(help="The model.pt of a training.")],
-    image: Annotated[Path, Argument(help="An image of any size.")],
+    image: Annotated[Path | None, Argument(help="An image of any size.")] = None,
+    text: Annotated[str | None, Option(help="A text, for a model of texts.")] = None,
     out: Annotated[Path, Option(help="The picture, a PNG.")] = Path("inspect.png"),
     most: Annotated[int, Option("--layers", min=1, help="Dynamic layers to draw.")] = 4,
 ) -> None:
-    """Draws what the kernels of a model do on an image."""
-    from dynaconv.data.images import read_image
-    from dynaconv.training.files import load_model, whole
-    from dynaconv.training.kernel_pictures import draw_with_captions
+    """Draws what the kernels of a model do on an image, or along a text."""
+    from dynaconv.training.files import load_model
     from dynaconv.training.model import dynamic_layers
+    from dynaconv.training.text_model import TextConfig
 
     model, config = load_model(checkpoint)
     if not dynamic_layers(model):
         raise InputError(f"{checkpoint}: its convolutions are static; there is nothing to look at")
+    if isinstance(config, TextConfig):
+        if text is None or image is not None:
+            raise InputError(f"{checkpoint}: is a model of texts; give --text TEXT, no file")
+        _inspect_text(model, config, text, out, most)
+    else:
+        if image is None or text is not None:
+            raise InputError(f"{checkpoint}: is a model of images; give an image, no --text")
+        _inspect_image(model, image, out, most)
+    _say(f"{config.layer} on {image or text} -> {out}")
+
+
+def _inspect_image(model: "UNet", image: Path, out: Path, most: int) -> None:
+    from dynaconv.data.images import read_image
+    from dynaconv.training.files import whole
+    from dynaconv.training.kernel_pictures import draw_with_captions
+
     figure = draw_with_captions(model, read_image(image), most)
     with whole(out) as temporary:
         figure.savefig(temporary, format="png")
-    _say(f"{config.layer} on {image} -> {out}")
+
+
+def _inspect_text(model: "TextNet", config: "TextConfig", text: str, out: Path, most: int) -> None:
+    from dynaconv.data.text import check_text
+    from dynaconv.training.text_pictures import draw_text_kernels, save_text_picture
+
+    check_text("--text", text)
+    save_text_picture(out, draw_text_kernels(model, config, text, most))
 
 
 @app.command()
@@ -209,7 +396,7 @@ def families() -> None:
     _print_table(["name", "what", "dimensions"], *lines, numbers=False)
 
 
-def _check_layer(name: str, option: str) -> None:
+def _check_layer(name: str, option: str, rank: int) -> None:
     from dynaconv.registry import family, names
 
     if name == "static":
@@ -218,21 +405,13 @@ def _check_layer(name: str, option: str) -> None:
         raise InputError(
             f"{option} {name!r} does not exist; there are static, {', '.join(names())}"
         )
-    if 2 not in family(name).classes:
-        raise InputError(f"{option} {name!r} has no 2-D form")
+    if rank not in family(name).classes:
+        raise InputError(f"{option} {name!r} has no {rank}-D form")
 
 
-def _check_model(config: "Config") -> None:
-    """Refuses widths or a place for the dynamic layers that make no model."""
-    from dynaconv.training.model import build
-
-    try:
-        re.compile(config.where)
-        build(config)
-    except re.error as error:
-        raise InputError(f"--where {config.where!r} is no regular expression: {error}") from None
-    except ValueError as error:
-        raise InputError(f"--layer, --widths and --where make no model: {error}") from None
+def _given(**options: Any) -> dict[str, Any]:
+    """The options that were given."""
+    return {name: value for name, value in options.items() if value is not None}
 
 
 def _numbers(option: str, text: str) -> list[int]:

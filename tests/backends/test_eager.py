@@ -12,13 +12,25 @@ from dynaconv import dispatch, functional
 from dynaconv.testing import TOLERANCE, check_primitive, close, samples
 from dynaconv.testing.primitives import MAKERS
 
-PRIMITIVES = list(MAKERS)
+# conv on each of its paths, whatever its rule would take.
+PRIMITIVES = [name for name in MAKERS if name != "conv"] + ["conv by direct", "conv by fft"]
 per_sample, mixture = (
     importlib.import_module(f"dynaconv.backends.eager.{name}")
     for name in ("conv_per_sample", "conv_mixture")
 )
-every_primitive = pytest.mark.parametrize("primitive", PRIMITIVES)
+convolution = importlib.import_module("dynaconv.backends.eager.conv")
+every_primitive = pytest.mark.parametrize("primitive", PRIMITIVES, indirect=True)
 every_rank = pytest.mark.parametrize("rank", [1, 2, 3])
+
+
+@pytest.fixture
+def primitive(request, monkeypatch):
+    """Its name, with the path forced that is named after "by"."""
+    name, _, path = request.param.partition(" by ")
+    if path:
+        monkeypatch.setattr(convolution, "all_direct", lambda *a: False)
+        monkeypatch.setattr(convolution, "formulation", lambda *a: path)
+    return name
 
 
 @every_primitive
@@ -74,6 +86,24 @@ def test_deform_conv_in_chunks(monkeypatch):
     module = importlib.import_module("dynaconv.backends.eager.deform_conv")
     monkeypatch.setattr(module, "CHUNK", 1)
     check_primitive("deform_conv", "eager", batches=(3,))
+
+
+@pytest.mark.parametrize("many", [0, 10**9])
+@every_rank
+def test_conv_in_tiles_and_chunks(rank, many, monkeypatch):
+    def tiled(*of):
+        whole, *tiles = right(*of)
+        return tiles or [whole]
+
+    right = convolution.cuts
+    monkeypatch.setattr(convolution, "cuts", tiled)
+    monkeypatch.setattr(convolution, "all_direct", lambda *a: False)
+    monkeypatch.setattr(convolution, "formulation", lambda *a: "fft")
+    for name, value in (("CHUNK", 1), ("KERNELS", 1), ("MANY", many)):
+        monkeypatch.setattr(convolution, name, value)
+    convolution.best_plan.cache_clear()
+    check_primitive("conv", "eager", ranks=(rank,), batches=(1, 3))
+    convolution.best_plan.cache_clear()
 
 
 def test_the_rule_takes_every_formulation():

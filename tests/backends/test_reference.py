@@ -51,6 +51,16 @@ def output_size(rank, geometry):
 
 @everywhere
 @pytest.mark.parametrize("groups", [1, 2])
+def test_conv(rank, geometry, groups):
+    x, w = randn(2, 4, *LENGTHS[rank]), randn(6, 4 // groups, *geometry["kernel"])
+    bias = randn(6)
+    expected = slow_conv(x, lambda n, p: w, **geometry, groups=groups)
+    output = functional.conv(x, w, bias, **moves(geometry), groups=groups)
+    close(output, expected + bias.reshape(6, *[1] * rank), "conv")
+
+
+@everywhere
+@pytest.mark.parametrize("groups", [1, 2])
 def test_conv_per_sample(rank, geometry, groups):
     x, w = randn(2, 4, *LENGTHS[rank]), randn(2, 6, 4 // groups, *geometry["kernel"])
     bias = randn(2, 6)
@@ -140,12 +150,14 @@ def check_as_torch(backend, call):
     expected = CONVS[rank](x, w, **keys)
     taps, size = w[0, 0].numel(), expected.shape[2:]
     with dynaconv.backend(backend):
+        static = functional.conv(x, w, **keys)
         each = functional.conv_per_sample(x, w.expand(batch, *w.shape), **keys)
         shares = torch.full((batch, 2), 0.5, dtype=x.dtype)
         mixed = functional.conv_mixture(x, torch.stack([w - 1, w + 1]), shares, **keys)
         still = x.new_zeros(batch, taps * rank, *size)
         placed = functional.deform_conv(x, still, w, **keys)
-        for what, output in (("per sample", each), ("mixture", mixed), ("deform", placed)):
+        outputs = {"conv": static, "per sample": each, "mixture": mixed, "deform": placed}
+        for what, output in outputs.items():
             close(output, expected, f"{what} on {backend}")
         groups = keys.pop("groups")
         one = w[:groups, 0]  # a kernel a group of input channels
@@ -164,6 +176,7 @@ def check_as_torch(backend, call):
 def test_padding_by_words(rank, word, kernel):
     x, w = randn(2, 3, *[7] * rank), randn(4, 3, *[kernel] * rank)
     expected = CONVS[rank](x, w, padding=word)
+    close(functional.conv(x, w, padding=word), expected, word)
     close(functional.conv_per_sample(x, w.expand(2, *w.shape), padding=word), expected, word)
     still = x.new_zeros(2, kernel**rank * rank, *expected.shape[2:])
     close(functional.deform_conv(x, still, w, padding=word), expected, word)

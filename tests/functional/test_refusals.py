@@ -11,6 +11,7 @@ X = T(4, 16, 9, 9)
 OFFSET = T(4, 18, 9, 9)
 PER_SAMPLE, MIXTURE = functional.conv_per_sample, functional.conv_mixture
 PER_POSITION, DEFORM = functional.conv_per_position, functional.deform_conv
+CONV = functional.conv
 W4, W = T(4, 8, 16, 3, 3), T(8, 16, 3, 3)
 
 VALUES = [
@@ -101,10 +102,21 @@ VALUES = [
         {"padding": 1, "modulation": T(4, 18, 9, 9)},
         r"modulation has shape .* give \(4, 9, 9, 9\)",
     ),
+    (CONV, (X[0, 0], W), {}, r"input has shape \(9, 9\); give \(N, C, \*L\) with 1 to 3"),
+    (CONV, (X, W4), {}, r"weight has shape \(4, 8, 16, 3, 3\); give \(C_out, 16, k, k\)"),
+    (CONV, (X, T(8, 5, 3, 3)), {}, r"weight has shape .* give \(C_out, 16, 3, 3\)"),
+    (CONV, (X, T(7, 8, 3, 3)), {"groups": 2}, "groups=2 does not divide 7 output channels"),
+    (CONV, (X, W, T(5)), {}, r"bias has shape \(5,\); give \(8,\)"),
+    (CONV, (X, W), {"dilation": 5}, "a kernel of 3 taps, dilation 5, spans 11 positions"),
+    (CONV, (X, W), {"padding": "same", "stride": 2}, "padding='same' needs stride 1"),
+    (CONV, (X, W.to("meta")), {}, "weight is on meta, input on cpu; move one of them"),
     (PER_SAMPLE, (X, W4.to("meta")), {}, "weight is on meta, input on cpu; move one of them"),
     (DEFORM, (X, OFFSET.to("meta"), W), {"padding": 1}, "offset is on meta"),
 ]
 TYPES = [
+    (CONV, (X.long(), W), {}, "input has dtype torch.int64; give a floating-point tensor"),
+    (CONV, (X, W.double()), {}, r"weight has dtype torch.float64, input torch.float32; cast"),
+    (CONV, (X, W), {"groups": 1.0}, r"groups=1.0 must be an int"),
     (PER_SAMPLE, (X.long(), W4), {}, "input has dtype torch.int64; give a floating-point tensor"),
     (
         PER_SAMPLE,
@@ -133,7 +145,7 @@ def test_type(call, args, keys, text):
         call(*args, **keys)
 
 
-@pytest.mark.parametrize("call", [PER_SAMPLE, MIXTURE, PER_POSITION, DEFORM])
+@pytest.mark.parametrize("call", [CONV, PER_SAMPLE, MIXTURE, PER_POSITION, DEFORM])
 def test_every_refusal_names_the_primitive(call):
     cases = [(a, k) for c, a, k, _ in VALUES + TYPES if c is call]
     assert len(cases) >= 4

@@ -15,6 +15,19 @@ from dynaconv.dispatch import Backend, Problem, register_backend
 from dynaconv.shapes import Geometry
 
 
+def conv(
+    input: Tensor, weight: Tensor, bias: Tensor | None, geometry: Geometry, groups: int
+) -> Tensor:
+    """y[n, o, p] = b[o] + sum_{c, k} weight[o, c, k] * window[n, c, k, p]."""
+    window, size = windows(input, geometry)
+    columns = window.flatten(2 + len(size)).flatten(2, -2).unflatten(1, (groups, -1))
+    kernel = weight.flatten(2).unflatten(0, (groups, -1))
+    output = torch.einsum("gock,ngckp->ngop", kernel, columns).flatten(1, 2)
+    if bias is not None:
+        output = output + bias.unsqueeze(-1)
+    return output.unflatten(2, size)
+
+
 def conv_per_sample(
     input: Tensor, weight: Tensor, bias: Tensor | None, geometry: Geometry, groups: int
 ) -> Tensor:
@@ -140,5 +153,5 @@ def supports(problem: Problem) -> str | None:
     return None
 
 
-FUNCTIONS = (conv_per_sample, conv_mixture, conv_per_position, deform_conv)
+FUNCTIONS = (conv, conv_per_sample, conv_mixture, conv_per_position, deform_conv)
 register_backend(Backend("reference", supports, {f.__name__: f for f in FUNCTIONS}))

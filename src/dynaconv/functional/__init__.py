@@ -1,8 +1,20 @@
 """What is computed: the primitives, n-d by the rank of the input."""
 
+from dynaconv.functional.conv import conv
 from dynaconv.functional.conv_mixture import conv_mixture
+from dynaconv.functional.conv_on_grid import conv_on_grid
 from dynaconv.functional.conv_per_position import conv_per_position
 from dynaconv.functional.conv_per_sample import conv_per_sample
 from dynaconv.functional.deform_conv import deform_conv
+from dynaconv.functional.resample_kernel import resample_kernel
+from dynaconv.functional.spectral_resize import spectral_resize
 
-__all__ = ["conv_mixture", "conv_per_position", "conv_per_sample", "deform_conv"]
+__all__ = [
+    "conv_mixture",
+    "conv_on_grid",
+    "conv_per_position",
+    "conv_per_sample",
+    "deform_conv",
+    "resample_kernel",
+    "spectral_resize",
+]

@@ -70,12 +70,12 @@ class DynamicConv(nn.Module):
             raise ValueError(f"padding_mode={padding_mode!r}; choose from {list(PADDING_MODES)}")
         _check_options(type(self), options)
         self.in_channels, self.out_channels, self.groups = in_channels, out_channels, groups
+        self.options = options
         self.kernel_size = self.resolve_kernel_size(kernel_size)
         self.stride = self.resolve_stride(stride)
         self.dilation = ntuple(dilation, self.rank, "dilation")
         self.padding = check_padding(padding, self.stride, self.rank)
         self.padding_mode = padding_mode
-        self.options = options
         self.register_parameter("bias", None)
         if bias:
             self.bias = nn.Parameter(self.initial_bias((out_channels,)))
@@ -196,19 +196,18 @@ class DynamicConv(nn.Module):
         masking.check_mask(mask, x)
         return x.masked_fill(~mask.unsqueeze(1), 0), mask
 
-    def pad(self, x: Tensor) -> tuple[Tensor, Padding]:
-        """x padded by padding_mode, and the padding that is left to the primitive."""
+    def pad(self, x: Tensor, geometry: Geometry | None = None) -> tuple[Tensor, Padding]:
+        """x padded by padding_mode, and the padding that is left to the primitive.
+
+        `geometry` is that of a kernel other than the layer's own.
+        """
+        geometry = geometry or self.geometry()
+        words = isinstance(self.padding, str)
         if self.padding_mode == "zeros":
-            return x, self.padding
-        if isinstance(self.padding, str):
-            zeros = (0,) * self.rank
-            before, after = (
-                same_padding(self.kernel_size, self.dilation)
-                if self.padding == "same"
-                else (zeros, zeros)
-            )
-        else:
-            before = after = self.padding
+            return x, self.padding if words else geometry.padding
+        before = after = geometry.padding
+        if self.padding == "same":
+            before, after = same_padding(geometry.kernel, geometry.dilation)
         widths = [w for pair in zip(reversed(before), reversed(after), strict=True) for w in pair]
         return F.pad(x, widths, mode=PADDING_MODES[self.padding_mode]), 0
 
@@ -226,6 +225,10 @@ class DynamicConv(nn.Module):
         elif not isinstance(self.padding, str):
             padding = self.padding
         return Geometry(self.kernel_size, self.stride, padding, self.dilation)
+
+    def kernel_size_at(self, size: tuple[int, ...]) -> tuple[int, ...]:
+        """Taps of the kernel for an input of spatial shape `size`."""
+        return self.kernel_size
 
     def output_size(self, size: tuple[int, ...]) -> tuple[int, ...]:
         """Spatial shape of the output for an input of spatial shape `size`."""

@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from dynaconv.functional import conv_per_position
 from dynaconv.layers.attention import SafeBatchNorm
 from dynaconv.layers.base import ConvNd, DynamicConv, at_least, conv_nd
+from dynaconv.layers.centres import at_centres
 from dynaconv.registry import register_family
-from dynaconv.shapes import same_padding
 
 
 @register_family("involution", primitive="conv_per_position", paper="Li et al., CVPR 2021")
@@ -51,7 +51,7 @@ class Involution(DynamicConv):
 
     def generate(self, x: Tensor, mask: Tensor | None) -> dict[str, Tensor]:
         out_mask = None if mask is None else self.output_mask(mask)
-        hidden = F.relu(self.bn(self.reduce(self._at_centres(x, mask)), out_mask))
+        hidden = F.relu(self.bn(self.reduce(at_centres(self, x, mask)), out_mask))
         weight = self.span(hidden)
         return {"weight": weight.unflatten(1, (self.kernel_groups, *self.kernel_size))}
 
@@ -59,20 +59,6 @@ class Involution(DynamicConv):
         x = x if self.project is None else self.project(x)
         x, padding = self.pad(x)
         return self.add_bias(conv_per_position(x, weight, self.stride, padding, self.dilation))
-
-    def _at_centres(self, x: Tensor, mask: Tensor | None) -> Tensor:
-        """The mean of x over each stride cell; cell p starts at the centre of window p."""
-        before, after = same_padding(self.kernel_size, self.dilation)
-        given = (before, after) if self.padding == "same" else (self.geometry().padding,) * 2
-        widths = []
-        for d in reversed(range(self.rank)):
-            start, end = given[0][d] - before[d], given[1][d] - after[d]
-            widths += [start, end + -(x.shape[2 + d] + start + end) % self.stride[d]]
-        if not any(widths) and max(self.stride) == 1:
-            return x
-        real = x.new_ones(1, *x.shape[2:]) if mask is None else mask.to(x.dtype)
-        count = _cell_sums(F.pad(real.unsqueeze(1), widths), self.stride)
-        return _cell_sums(F.pad(x, widths), self.stride) / count.clamp(min=1)
 
     def init_from(self, conv: ConvNd) -> None:
         """A depthwise kernel becomes the generator's bias."""
@@ -92,13 +78,6 @@ class Involution(DynamicConv):
             {"in_channels": 4, "out_channels": 6, "kernel_size": 3, "padding": 2, "stride": 2},
             {"in_channels": 4, "out_channels": 4, "kernel_size": 3, "groups": 4, "bias": False},
         ]
-
-
-def _cell_sums(x: Tensor, cell: tuple[int, ...]) -> Tensor:
-    """Sums over cells: (N, C, *L) -> (N, C, *L / cell)."""
-    for d, size in enumerate(cell):
-        x = x.unflatten(2 + d, (-1, size)).sum(3 + d)
-    return x
 
 
 def _largest_divisor(channels: int, limit: int) -> int:

@@ -111,6 +111,17 @@ def _output_size(size: tuple[int, ...], geometry: dict[str, Any]) -> tuple[int, 
     return resolved.output_size(x.shape[2:])
 
 
+def _static(rank: int, batch: int, groups: int, geometry: dict) -> Call:
+    kernel = geometry.pop("kernel")
+    tensors = {
+        "input": torch.randn(batch, 4, *SIZES[rank]),
+        "weight": torch.randn(6, 4 // groups, *kernel),
+    }
+    if groups == 1:
+        tensors["bias"] = torch.randn(6)
+    return tensors, geometry | {"groups": groups}
+
+
 def _per_sample(rank: int, batch: int, groups: int, geometry: dict) -> Call:
     kernel = geometry.pop("kernel")
     tensors = {
@@ -158,6 +169,7 @@ def _deform(rank: int, batch: int, groups: int, geometry: dict) -> Call:
 
 
 MAKERS: dict[str, Callable[[int, int, int, dict], Call]] = {
+    "conv": _static,
     "conv_per_sample": _per_sample,
     "conv_mixture": _mixture,
     "conv_per_position": _per_position,

@@ -2,9 +2,11 @@
 
 import statistics
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from rich.progress import Progress
@@ -129,18 +131,23 @@ def measure(result: Result, model: UNet, config: Config, val: InMemory) -> None:
         result.by_size[name].append(float(metric(config)(predicted, target)))
 
 
-def measure_time(results: list[Result], image: Tensor, repeats: int = 9) -> None:
-    """Milliseconds for one image (1, 3, H, W): the median, models in turn after two warm-ups."""
-    x = normalise(image)
-    times: list[list[float]] = [[] for _ in results]
+def measure_time(results: list[Result], image: Tensor) -> None:
+    """Milliseconds for one image (1, 3, H, W)."""
+    times = median_ms([partial(result.models[0], normalise(image)) for result in results])
+    for result, ms in zip(results, times, strict=True):
+        result.ms = ms
+
+
+def median_ms(calls: Sequence[Callable[[], Any]], repeats: int = 9) -> list[float]:
+    """Milliseconds of each call without gradients: the median, in turn after two warm-ups."""
+    times: list[list[float]] = [[] for _ in calls]
     with torch.no_grad():
         for _ in range(repeats + 2):
-            for result, taken in zip(results, times, strict=True):
+            for call, taken in zip(calls, times, strict=True):
                 start = time.perf_counter()
-                result.models[0](x)
+                call()
                 taken.append(1e3 * (time.perf_counter() - start))
-    for result, taken in zip(results, times, strict=True):
-        result.ms = statistics.median(taken[2:])
+    return [statistics.median(taken[2:]) for taken in times]
 
 
 def rows(results: list[Result]) -> list[list[str]]:

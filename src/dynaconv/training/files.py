@@ -1,9 +1,11 @@
 """Files written whole or not at all, and checkpoints read without running code in them."""
 
+import csv
+import json
 import os
 import tempfile
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
@@ -12,12 +14,17 @@ from typing import Any
 import numpy as np
 import torch
 from PIL import Image
+from torch import nn
 
 from dynaconv.data.errors import InputError
-from dynaconv.training.model import Config, build
-from dynaconv.training.unet import UNet
+from dynaconv.training.model import Config, RunConfig, build
+from dynaconv.training.text_model import TextConfig, build_text
 
-FORMAT = "dynaconv segmentation 1"
+# What a model file calls its kind, and what makes the model again.
+FORMATS: dict[str, tuple[type[RunConfig], Callable[[Any], nn.Module]]] = {
+    "dynaconv segmentation 1": (Config, build),
+    "dynaconv text 1": (TextConfig, build_text),
+}
 
 
 @contextmanager
@@ -66,24 +73,27 @@ def save_checkpoint(path: Path | str, content: dict[str, Any]) -> None:
         torch.save(content, file)
 
 
-def save_model(path: Path | str, model: UNet, config: Config) -> None:
+def save_model(path: Path | str, model: nn.Module, config: RunConfig) -> None:
     """Weights and what is needed to build the model again, as plain values and tensors."""
-    content = {"format": FORMAT, "config": asdict(config), "state": model.state_dict()}
+    kind = next(name for name, (kind, _) in FORMATS.items() if type(config) is kind)
+    content = {"format": kind, "config": asdict(config), "state": model.state_dict()}
     save_checkpoint(path, content)
 
 
-def load_model(path: Path | str) -> tuple[UNet, Config]:
-    """The model in evaluation mode, and its configuration.
+def load_model(path: Path | str) -> tuple[Any, Any]:
+    """The model in evaluation mode, and its configuration: Config or TextConfig, as its kind is.
 
     Raises:
         InputError: the file is missing, damaged, or not a model of `dynaconv train`.
     """
     content = read_checkpoint(Path(path))
-    if content.get("format") != FORMAT:
-        raise InputError(f"{path}: not a model written by `dynaconv train` (expected {FORMAT!r})")
+    kind = content.get("format")
+    if not isinstance(kind, str) or kind not in FORMATS:
+        known = " or ".join(map(repr, FORMATS))
+        raise InputError(f"{path}: not a model written by `dynaconv train` (expected {known})")
     try:
-        config = Config(**content["config"])
-        model = build(config)
+        config = FORMATS[kind][0](**content["config"])
+        model = FORMATS[kind][1](config)
         model.load_state_dict(content["state"])
     except (KeyError, TypeError, ValueError, RuntimeError) as error:
         reason = str(error).strip().split("\n")[0]
@@ -95,3 +105,18 @@ def save_picture(path: Path, pixels: np.ndarray) -> None:
     """pixels (H, W) or (H, W, 3) as a PNG, whole or not at all."""
     with whole(path) as temporary:
         Image.fromarray(pixels).save(temporary)
+
+
+def save_predictions(
+    path: Path, texts: Sequence[str], labels: Sequence[str], shares: Sequence[float]
+) -> None:
+    """Text, label and its probability a line, as CSV or JSON Lines by the suffix of `path`."""
+    names = ("text", "label", "probability")
+    lines = zip(texts, labels, shares, strict=True)
+    with whole(path) as temporary, open(temporary, "w", encoding="utf-8", newline="") as file:
+        if path.suffix.lower() == ".csv":
+            csv.writer(file).writerows([names, *lines])
+        else:
+            for line in lines:
+                content = json.dumps(dict(zip(names, line, strict=True)), ensure_ascii=False)
+                file.write(f"{content}\n")

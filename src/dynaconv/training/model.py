@@ -1,10 +1,11 @@
 """The model of a run, from plain values: a U-Net with static or dynamic convolutions."""
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from dynaconv.convert import convert, select
 from dynaconv.layers.base import DynamicConv
@@ -18,25 +19,36 @@ CHUNK = 25
 
 
 @dataclass
-class Config:
-    """Everything that a run depends on but its data; plain values, kept in the checkpoint.
+class RunConfig:
+    """What every run depends on; plain values, kept in the checkpoint.
+
+    `options` are those of the family. `from_data` names the fields that the data decide.
+    """
+
+    from_data: ClassVar[tuple[str, ...]] = ()
+
+    layer: str = STATIC
+    options: dict[str, Any] = field(default_factory=dict)
+    epochs: int = 30
+    batch: int = 8
+    lr: float = 2e-3
+    seed: int = 0
+
+
+@dataclass
+class Config(RunConfig):
+    """Everything that a run depends on but its data.
 
     `names` are those of the classes, where they are known. `background_weight` is the weight of
     the last class in the loss.
     """
 
-    layer: str = STATIC
-    options: dict[str, Any] = field(default_factory=dict)
     where: str = WHERE
     classes: int = 11
     ignore: int = 255
     names: list[str] = field(default_factory=list)
     widths: list[int] = field(default_factory=lambda: [32, 64, 96, 128])
-    epochs: int = 30
-    batch: int = 8
-    lr: float = 2e-3
     size: int = 160
-    seed: int = 0
     background_weight: float = 1.0
 
     @property
@@ -72,6 +84,24 @@ def predict(model: UNet, images: Tensor) -> Tensor:
         return torch.cat([model(normalise(part)).argmax(1) for part in images.split(CHUNK)])
 
 
-def dynamic_layers(model: UNet) -> dict[str, DynamicConv]:
+def dynamic_layers(model: nn.Module) -> dict[str, DynamicConv]:
     """The dynamic layers of a model by name."""
     return {n: m for n, m in model.named_modules() if isinstance(m, DynamicConv)}
+
+
+def kernels_of(model: nn.Module, *inputs: Any) -> dict[str, dict[str, Tensor]]:
+    """What each dynamic layer made of its kernel in `model(*inputs)`, in evaluation mode."""
+    found: dict[str, dict[str, Tensor]] = {}
+
+    def keep(name: str) -> Callable:
+        return lambda layer, given: found.__setitem__(name, layer.kernels(*given))
+
+    layers = dynamic_layers(model).items()
+    hooks = [layer.register_forward_pre_hook(keep(name)) for name, layer in layers]
+    try:
+        with torch.no_grad():
+            model.eval()(*inputs)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return found

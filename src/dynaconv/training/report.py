@@ -65,7 +65,7 @@ def write_report(path: Path, results: list[Result], val: InMemory, about: str) -
     parts = [
         paragraph(LEAD),
         paragraph(verdict(results), "best"),
-        table_html(results),
+        table_html(rows(results), best_of({r.layer: r.miou for r in results})),
         paragraph(TABLE_NOTE.format(sizes=sizes), "note"),
         paragraph(f"This run: {about}.", "note"),
         "<h2>What they see</h2>",
@@ -77,30 +77,42 @@ def write_report(path: Path, results: list[Result], val: InMemory, about: str) -
     for result in results:
         if result.layer != STATIC:
             parts += kernel_section(result, val, [picks[-1], picks[0]])
-    head = f"<meta charset=utf-8><title>{TITLE}</title><style>{STYLE}</style>"
-    page = f"<!doctype html><html lang=en>{head}<h1>{TITLE}</h1>{''.join(parts)}</html>"
+    write_page(path, TITLE, parts)
+
+
+def write_page(path: Path, title: str, parts: list[str]) -> None:
+    """A page of its title and parts in HTML, whole or not at all."""
+    head = f"<meta charset=utf-8><title>{title}</title><style>{STYLE}</style>"
+    page = f"<!doctype html><html lang=en>{head}<h1>{title}</h1>{''.join(parts)}</html>"
     with whole(path) as temporary:
         temporary.write_text(page, encoding="utf-8")
 
 
 def verdict(results: list[Result]) -> str:
     """Who won, whoever it was."""
-    best = max(results, key=lambda result: sum(result.miou))
-    static = next(result for result in results if result.layer == STATIC)
-    if best is static:
-        return f"In this run the static convolutions won: mIoU {percent(static.miou)}."
-    return (
-        f"In this run {best.layer} did best: mIoU {percent(best.miou)}, "
-        f"static convolutions {percent(static.miou)}."
-    )
+    return won("mIoU", {result.layer: result.miou for result in results})
 
 
-def table_html(results: list[Result]) -> str:
-    """The table of `rows`, its best line marked."""
-    head, *body = rows(results)
-    best = max(range(len(results)), key=lambda i: sum(results[i].miou))
-    lines = [_line(head, "th"), *[_line(line, "td", i == best) for i, line in enumerate(body)]]
-    return f"<table>{''.join(lines)}</table>"
+def won(score: str, reached: dict[str, list[float]]) -> str:
+    """Which layer reached the highest `score`."""
+    best = best_of(reached)
+    static = f"{score} {percent(reached[STATIC])}"
+    if best == STATIC:
+        return f"In this run the static convolutions won: {static}."
+    said = f"{score} {percent(reached[best])}"
+    return f"In this run {best} did best: {said}, static convolutions {percent(reached[STATIC])}."
+
+
+def best_of(reached: dict[str, list[float]]) -> str:
+    """The layer of the highest scores."""
+    return max(reached, key=lambda layer: sum(reached[layer]))
+
+
+def table_html(lines: list[list[str]], best: str = "") -> str:
+    """A head and its lines; the line that begins with `best` is marked."""
+    head, *body = lines
+    marked = [_line(head, "th"), *[_line(line, "td", line[0] == best) for line in body]]
+    return f"<table>{''.join(marked)}</table>"
 
 
 def _line(cells: list[str], tag: str, best: bool = False) -> str:

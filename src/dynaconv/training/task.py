@@ -1,4 +1,4 @@
-"""Segmentation with Lightning: the loss, the metric, the schedule, resuming after a kill."""
+"""Training with Lightning: the schedule, resuming after a kill; the loss and metric of images."""
 
 import logging
 import warnings
@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import lightning as L
 import torch
@@ -14,14 +14,15 @@ import torch.nn.functional as F
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.plugins.io import TorchCheckpointIO
 from rich.progress import Progress, TaskID
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, DistributedSampler
+from torchmetrics import Metric
 from torchmetrics.classification import MulticlassJaccardIndex
 
 from dynaconv.anneal import anneal, parameter_groups
 from dynaconv.data.errors import InputError
 from dynaconv.training.files import read_checkpoint, save_checkpoint, save_model
-from dynaconv.training.model import Config, build, normalise
+from dynaconv.training.model import Config, RunConfig, build, normalise
 from dynaconv.training.unet import UNet
 
 # The share of a run over which softmax temperatures go from 30 to 1.
@@ -37,38 +38,53 @@ def fit(
     out: Path | None = None,
     callbacks: Sequence[L.Callback] = (),
 ) -> tuple[UNet, History]:
-    """Trains the model of `config`.
+    """Trains the model of `config` on images; `train_task` says what `out` does.
+
+    Returns:
+        The model in evaluation mode, and the validation mIoU of each epoch.
+    """
+    task = Segmentation(build(config), config, fingerprint(train))
+    held_out = None if val is None else DataLoader(val, batch_size=1)
+    return task.model, train_task(task, _loader(train, config), held_out, out, callbacks)
+
+
+def train_task(
+    task: "Task",
+    train: DataLoader,
+    val: DataLoader | None = None,
+    out: Path | None = None,
+    callbacks: Sequence[L.Callback] = (),
+) -> History:
+    """Trains the model of `task`, and leaves it on the CPU in evaluation mode.
 
     With `out`, a checkpoint is written there after each epoch, and a run that finds one goes on
     from it and ends with the weights of an undisturbed run; `out/model.pt` is the result.
 
     Returns:
-        The model in evaluation mode, and the validation mIoU of each epoch.
+        The validation score of each epoch.
 
     Raises:
         InputError: `out` holds a damaged checkpoint or one of another run, or the loss diverged.
     """
-    task = Segmentation(build(config), config, fingerprint(train))
     last = None if out is None else resumable(out, task.identity)
     savers = [] if out is None else [_saver(out)]
     with quiet(), torch.random.fork_rng():
         trainer = L.Trainer(
-            max_epochs=config.epochs,
+            max_epochs=task.config.epochs,
             devices=1,
             logger=False,
             enable_progress_bar=False,
             enable_model_summary=False,
             enable_checkpointing=bool(savers),
-            callbacks=[*callbacks, Draws(config.seed), *savers],
+            callbacks=[*callbacks, Draws(task.config.seed), *savers],
             plugins=[WholeCheckpoints()],
             num_sanity_val_steps=0,
         )
-        held_out = None if val is None else DataLoader(val, batch_size=1)
-        trainer.fit(task, _loader(train, config), held_out, ckpt_path=last)
-    model = task.model.cpu().eval()
+        trainer.fit(task, train, val, ckpt_path=last)
+    task.model.cpu().eval()
     if out is not None:
-        save_model(out / "model.pt", model, config)
-    return model, task.history
+        save_model(out / "model.pt", task.model, task.config)
+    return task.history
 
 
 def fingerprint(data: Dataset) -> str:
@@ -107,44 +123,48 @@ def resumable(out: Path, identity: dict[str, Any]) -> Path | None:
     return last
 
 
-class Segmentation(L.LightningModule):
-    """A model that gives each pixel a class, trained by cross entropy and measured by mIoU.
+class Task(L.LightningModule):
+    """What every kind of training shares: the schedule, the history, what a checkpoint holds.
 
-    `identity` says which run this is: its configuration, and `data`, a fingerprint.
+    A kind defines `loss(batch)`, and `judge(batch)`, which updates `score`, a metric; `score_name`
+    is what the history calls it. `identity` says which run this is: its configuration, and
+    `data`, a fingerprint.
     """
 
-    class_weight: Tensor
+    score_name: ClassVar[str]
 
-    def __init__(self, model: UNet, config: Config, data: str) -> None:
+    def __init__(self, model: nn.Module, config: RunConfig, data: str, score: Metric) -> None:
         super().__init__()
-        self.model, self.config = model, config
-        self.identity = asdict(config) | {"data": data}
-        self.miou = metric(config)
-        weight = torch.ones(config.classes)
-        weight[-1] = config.background_weight
-        self.register_buffer("class_weight", weight, persistent=False)
+        self.model, self.config, self.score = model, config, score
+        settings = {k: v for k, v in asdict(config).items() if k not in config.from_data}
+        self.identity = settings | {"data": data}
         self.history: History = []
+
+    def loss(self, batch: tuple[Tensor, ...]) -> Tensor:
+        """The loss of a batch in training."""
+        raise NotImplementedError
+
+    def judge(self, batch: tuple[Tensor, ...]) -> None:
+        """Updates `score` by a batch of validation."""
+        raise NotImplementedError
 
     def training_step(self, batch: tuple[Tensor, ...], index: int) -> Tensor:
         total = float(self.trainer.estimated_stepping_batches)
         anneal(self.model, self.global_step / (ANNEALING * total))
-        image, mask, *sizes = batch
-        logits = self.model(normalise(image))
-        loss = pixel_loss(logits, mask, self.class_weight, self.config.ignore, *sizes)
+        loss = self.loss(batch)
         if not loss.isfinite():
             raise InputError(f"the loss is {loss.item()} at step {self.global_step}; lower --lr")
-        self.log("loss", loss, on_step=False, on_epoch=True)
+        self.log("loss", loss, on_step=False, on_epoch=True, batch_size=batch[0].shape[0])
         return loss
 
     def validation_step(self, batch: tuple[Tensor, ...], index: int) -> None:
-        image, mask = batch[:2]
-        self.miou.update(self.model(normalise(image)).argmax(1), mask)
+        self.judge(batch)
 
     def on_validation_epoch_end(self) -> None:
-        value = self.miou.compute()
-        self.miou.reset()
-        self.log("miou", value)
-        self.history.append({"epoch": self.current_epoch + 1, "miou": float(value)})
+        value = self.score.compute()
+        self.score.reset()
+        self.log(self.score_name, value)
+        self.history.append({"epoch": self.current_epoch + 1, self.score_name: float(value)})
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         checkpoint |= {"history": self.history, "identity": self.identity}
@@ -160,6 +180,30 @@ class Segmentation(L.LightningModule):
             optimizer, [g["lr"] for g in groups], total_steps=max(total, 2), pct_start=0.2
         )
         return [optimizer], [{"scheduler": scheduler, "interval": "step"}]
+
+
+class Segmentation(Task):
+    """A model that gives each pixel a class, trained by cross entropy and measured by mIoU."""
+
+    score_name = "miou"
+    model: UNet
+    config: Config
+    class_weight: Tensor
+
+    def __init__(self, model: UNet, config: Config, data: str) -> None:
+        super().__init__(model, config, data, metric(config))
+        weight = torch.ones(config.classes)
+        weight[-1] = config.background_weight
+        self.register_buffer("class_weight", weight, persistent=False)
+
+    def loss(self, batch: tuple[Tensor, ...]) -> Tensor:
+        image, mask, *sizes = batch
+        logits = self.model(normalise(image))
+        return pixel_loss(logits, mask, self.class_weight, self.config.ignore, *sizes)
+
+    def judge(self, batch: tuple[Tensor, ...]) -> None:
+        image, mask = batch[:2]
+        self.score.update(self.model(normalise(image)).argmax(1), mask)
 
 
 def pixel_loss(
@@ -207,7 +251,7 @@ class Bar(L.Callback):
         total = int(trainer.estimated_stepping_batches)
         shown = [
             f"{label} {float(trainer.callback_metrics[name]):.3f}"
-            for name, label in (("loss", "loss"), ("miou", "mIoU"))
+            for name, label in (("loss", "loss"), ("miou", "mIoU"), ("accuracy", "accuracy"))
             if name in trainer.callback_metrics
         ]
         note = "  ".join(shown)

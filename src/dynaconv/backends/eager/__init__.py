@@ -1,5 +1,6 @@
 """Fast ATen: one operator a primitive, whose formulation is chosen by a written cost rule."""
 
+from dynaconv.backends.eager.conv import conv
 from dynaconv.backends.eager.conv_mixture import conv_mixture
 from dynaconv.backends.eager.conv_per_position import conv_per_position
 from dynaconv.backends.eager.conv_per_sample import conv_per_sample
@@ -8,7 +9,12 @@ from dynaconv.dispatch import Backend, Problem, register_backend
 
 
 def supports(problem: Problem) -> str | None:
-    """Everything but what wants plain ATen operators: export, and torch.func's gradients."""
+    """Everything but what wants plain ATen operators: export, and torch.func's gradients.
+
+    conv has plain ATen operators for both itself.
+    """
+    if problem.primitive == "conv":
+        return None
     if problem.exporting:
         return "torch.export is given plain ATen operators: the reference"
     if problem.transformed:
@@ -16,5 +22,5 @@ def supports(problem: Problem) -> str | None:
     return None
 
 
-FUNCTIONS = (conv_per_sample, conv_mixture, conv_per_position, deform_conv)
+FUNCTIONS = (conv, conv_per_sample, conv_mixture, conv_per_position, deform_conv)
 register_backend(Backend("eager", supports, {f.__name__: f for f in FUNCTIONS}))

@@ -1,0 +1,33 @@
+"""What lies at the centres of a convolution's windows, for kernels that are generated there."""
+
+import torch.nn.functional as F
+from torch import Tensor
+
+from dynaconv.layers.base import DynamicConv
+from dynaconv.shapes import same_padding
+
+
+def at_centres(layer: DynamicConv, x: Tensor, mask: Tensor | None) -> Tensor:
+    """The mean of x over each stride cell; cell p starts at the centre of the layer's window p.
+
+    x (N, C, *L), zero where mask (N, *L) is False; (N, C, *L_out). Without stride it is x at the
+    centres, zero where one lies outside.
+    """
+    before, after = same_padding(layer.kernel_size, layer.dilation)
+    given = (before, after) if layer.padding == "same" else (layer.geometry().padding,) * 2
+    widths = []
+    for d in reversed(range(layer.rank)):
+        start, end = given[0][d] - before[d], given[1][d] - after[d]
+        widths += [start, end + -(x.shape[2 + d] + start + end) % layer.stride[d]]
+    if not any(widths) and max(layer.stride) == 1:
+        return x
+    real = x.new_ones(1, *x.shape[2:]) if mask is None else mask.to(x.dtype)
+    count = _cell_sums(F.pad(real.unsqueeze(1), widths), layer.stride)
+    return _cell_sums(F.pad(x, widths), layer.stride) / count.clamp(min=1)
+
+
+def _cell_sums(x: Tensor, cell: tuple[int, ...]) -> Tensor:
+    """Sums over cells: (N, C, *L) -> (N, C, *L / cell)."""
+    for d, size in enumerate(cell):
+        x = x.unflatten(2 + d, (-1, size)).sum(3 + d)
+    return x

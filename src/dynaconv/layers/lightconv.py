@@ -1,0 +1,313 @@
+"""LightConv and DynamicConv (Wu, ICLR 2019): softmax kernels shared by the channels of a head."""
+
+from math import prod
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from dynaconv.functional import conv_per_position
+from dynaconv.layers.base import ConvNd, DynamicConv, at_least, conv_nd
+from dynaconv.layers.centres import at_centres
+from dynaconv.registry import register_family
+from dynaconv.shapes import Geometry, Padding, resolve_padding
+
+CONV = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
+
+
+class _Light(DynamicConv):
+    """What both share: heads, normalised taps, DropConnect, the causal form and its steps."""
+
+    exact_options = {"weight_softmax": False}
+
+    def build(
+        self,
+        heads: int | None = None,
+        weight_softmax: bool = True,
+        weight_dropout: float = 0.0,
+        causal: bool = False,
+    ) -> None:
+        self.heads = self.groups if heads is None else heads
+        at_least(1, heads=self.heads)
+        at_least(0, weight_dropout=weight_dropout)
+        if weight_dropout >= 1:
+            raise ValueError(f"weight_dropout={weight_dropout} must be below 1")
+        if self.out_channels % self.heads:
+            raise ValueError(f"heads={self.heads} does not divide {self.out_channels} out_channels")
+        self.weight_softmax, self.weight_dropout = weight_softmax, weight_dropout
+        self.causal = causal
+        if causal:
+            self._check_causal()
+        channels = (self.in_channels, self.out_channels)
+        self.project = (
+            None
+            if self.in_channels == self.out_channels
+            else conv_nd(self.rank, *channels, 1, groups=self.groups, bias=False)
+        )
+        if self.bias is not None:
+            nn.init.zeros_(self.bias)
+
+    def _check_causal(self) -> None:
+        if self.rank > 1:
+            raise ValueError("causal=True is for 1-D: positions of a plane or volume have no order")
+        if self.padding != (0,) or self.padding_mode != "zeros":
+            raise ValueError(
+                "causal=True puts its own dilation * (kernel_size - 1) zeros before the input; "
+                f"leave padding=0 and padding_mode='zeros', not {self.padding}, "
+                f"{self.padding_mode!r}"
+            )
+        if self.stride != (1,):
+            raise ValueError(
+                "causal=True, for an output as long as the input, needs stride 1, "
+                f"not {self.stride}"
+            )
+
+    @property
+    def past(self) -> int:
+        """How many positions before its own a causal kernel reaches."""
+        return self.dilation[0] * (self.kernel_size[0] - 1)
+
+    def output_mask(self, padding_mask: Tensor) -> Tensor:
+        return padding_mask if self.causal else super().output_mask(padding_mask)
+
+    @classmethod
+    def as_static(cls, arguments: dict[str, Any], size: tuple[int, ...]) -> dict[str, Any]:
+        static = super().as_static(arguments, size)
+        return static | {"padding": "same"} if arguments.get("causal") else static
+
+    def pad(self, x: Tensor, geometry: Geometry | None = None) -> tuple[Tensor, Padding]:
+        return (F.pad(x, (self.past, 0)), 0) if self.causal else super().pad(x, geometry)
+
+    def values(self, x: Tensor) -> Tensor:
+        """What the kernel is laid over, (N, C_out, *L)."""
+        return x if self.project is None else self.project(x)
+
+    def normalise(self, logits: Tensor, dim: int) -> Tensor:
+        """The taps along `dim` sum to 1, or stay as they are."""
+        return torch.softmax(logits, dim) if self.weight_softmax else logits
+
+    def per_position(self, x: Tensor, weight: Tensor, padding: Padding) -> Tensor:
+        """The convolution of the values x with kernels (N, heads, *K, *L_out)."""
+        weight = F.dropout(weight, self.weight_dropout, self.training)
+        return self.add_bias(conv_per_position(x, weight, self.stride, padding, self.dilation))
+
+    def step(self, x: Tensor, state: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """The output of a causal layer at the next position, in decoding.
+
+        Args:
+            x: (N, C_in), the next position.
+            state: what the step before returned; None at the first position.
+
+        Returns:
+            The output (N, C_out), and the state: the values (N, C_out, *) that the kernel reaches.
+
+        Raises:
+            ValueError: the layer is not causal, or x has another shape.
+        """
+        if not self.causal:
+            raise ValueError("step needs causal=True: other kernels wait for what comes later")
+        if x.dim() != 2 or x.shape[1] != self.in_channels:
+            raise ValueError(f"step: x has shape {tuple(x.shape)}; give (N, {self.in_channels})")
+        x = x.unsqueeze(2)
+        state = self.values(x) if state is None else torch.cat([state, self.values(x)], 2)
+        state = state[..., -self.past - 1 :]
+        before = (self.past + 1 - state.shape[2], 0)
+        real = F.pad(state.new_ones(1, 1, state.shape[2], dtype=torch.bool), before)
+        weight = self.next_kernel(x, real)
+        return self.per_position(F.pad(state, before), weight, 0).squeeze(2), state
+
+    def next_kernel(self, x: Tensor, real: Tensor) -> Tensor:
+        """The kernels (N, heads, K, 1) for the next position, x (N, C_in, 1).
+
+        real (1, 1, past + 1) is True from the first position of the sequence on.
+        """
+        raise NotImplementedError
+
+    def init_from(self, conv: ConvNd) -> None:
+        """Takes a depthwise kernel as the taps."""
+        if self.causal:
+            raise ValueError("no nn.ConvNd pads before the input only, as causal=True does")
+        if self.weight_softmax:
+            raise ValueError(
+                "kernels out of a softmax are positive and sum to 1, trained ones are not and do "
+                "not; give weight_softmax=False"
+            )
+        if not self.groups == self.heads == self.in_channels == self.out_channels:
+            raise ValueError(
+                f"{self.family} mixes no channels, so it can start only as a depthwise convolution "
+                f"(groups = heads = in_channels = out_channels), not groups={self.groups}, "
+                f"heads={self.heads}, {self.in_channels} to {self.out_channels} channels"
+            )
+        self.take(conv.weight)
+
+    def take(self, kernel: Tensor) -> None:
+        """Makes (C, 1, *K) the kernel at every position."""
+        raise NotImplementedError
+
+    @classmethod
+    def samples(cls, rank: int) -> list[dict[str, Any]]:
+        same = {"in_channels": 4, "out_channels": 4, "kernel_size": 3}
+        projected = {"in_channels": 4, "out_channels": 6, "kernel_size": 3, "stride": 2}
+        found: list[dict[str, Any]] = [
+            same | {"padding": 1, "heads": 2},
+            projected | {"padding": 2, "heads": 3, "bias": False},
+            same | {"kernel_size": 2, "groups": 4, "weight_softmax": False},
+        ]
+        if rank == 1:
+            found.append(same | {"dilation": (2,), "heads": 2, "causal": True})
+        return found
+
+
+@register_family("lightconv", primitive="conv", paper="Wu et al., ICLR 2019")
+class LightConv(_Light):
+    """A depthwise kernel that sums to 1, shared by the channels of a head; the same for any input.
+
+        w = softmax_k(weight),    y[c, p] = b[c] + sum_k w[head(c), k] x[c, p + k]
+
+    What DynamicLightConv is measured against. Published in 1-D for as many output as input
+    channels; here in 2-D and 3-D too, with the softmax over all taps, and a 1x1 convolution of x
+    comes first where the channel numbers differ.
+
+    Args:
+        heads: number of kernels; None takes `groups`.
+        weight_softmax: whether the taps are normalised; if not, w = weight.
+        weight_dropout: probability in training that a tap is dropped (DropConnect), for each
+            position anew.
+        causal: output p sees nothing after p, and there is one for each input position; 1-D.
+    """
+
+    def build(
+        self,
+        heads: int | None = None,
+        weight_softmax: bool = True,
+        weight_dropout: float = 0.0,
+        causal: bool = False,
+    ) -> None:
+        super().build(heads, weight_softmax, weight_dropout, causal)
+        self.weight = nn.Parameter(torch.empty(self.heads, 1, *self.kernel_size))
+        nn.init.xavier_uniform_(self.weight)
+
+    def taps(self) -> Tensor:
+        """w, (heads, 1, *K)."""
+        return self.normalise(self.weight.flatten(1), 1).view_as(self.weight)
+
+    def generate(self, x: Tensor, mask: Tensor | None) -> dict[str, Tensor]:
+        return {"weight": self.taps().expand(x.shape[0], *self.weight.shape)}
+
+    def compute(self, x: Tensor, mask: Tensor | None) -> Tensor:
+        x, padding = self.pad(self.values(x))
+        if self.training and self.weight_dropout > 0:
+            x, geometry = resolve_padding(x, self.kernel_size, self.stride, padding, self.dilation)
+            weight = self._at_each(x.shape[0], geometry.output_size(x.shape[2:]))
+            return self.per_position(x, weight, geometry.padding)
+        kernel = self.taps().repeat_interleave(self.out_channels // self.heads, 0)
+        stride, dilation, groups = self.stride, self.dilation, self.out_channels
+        return CONV[self.rank](x, kernel, self.bias, stride, padding, dilation, groups)
+
+    def _at_each(self, batch: int, size: tuple[int, ...]) -> Tensor:
+        """w for each position: (N, heads, *K, *L_out)."""
+        taps = self.taps().squeeze(1)
+        return taps.reshape(*taps.shape, *[1] * self.rank).expand(batch, *taps.shape, *size)
+
+    def next_kernel(self, x: Tensor, real: Tensor) -> Tensor:
+        return self._at_each(x.shape[0], (1,))
+
+    def take(self, kernel: Tensor) -> None:
+        self.weight.copy_(kernel)
+
+
+@register_family("dynamic_lightconv", primitive="conv_per_position", paper="Wu et al., ICLR 2019")
+class DynamicLightConv(_Light):
+    """A kernel generated at each position from the features there, shared by a head's channels.
+
+        w[p] = softmax_k(weight_linear(x[p]))
+        y[c, p] = b[c] + sum_k w[head(c), k, p] x[c, p + k]
+
+    The paper's DynamicConv, published in 1-D without stride for as many output as input channels.
+    Here in 2-D and 3-D too, with the softmax over all taps; x[p] is the window's centre, or the
+    mean of its stride's cell (of a causal window the last position); and a 1x1 convolution of x
+    comes first where the channel numbers differ.
+
+    Args:
+        heads: number of kernels a position; None takes `groups`.
+        weight_softmax: whether the taps are normalised.
+        weight_dropout: probability in training that a tap is dropped (DropConnect).
+        causal: output p sees nothing after p, and there is one for each input position; 1-D.
+        renorm_padding: whether the softmax leaves out taps beyond the input (or the sentence).
+        weight_bias: whether weight_linear has a bias.
+    """
+
+    exact_options = {"weight_softmax": False, "weight_bias": True}
+
+    def build(
+        self,
+        heads: int | None = None,
+        weight_softmax: bool = True,
+        weight_dropout: float = 0.0,
+        causal: bool = False,
+        renorm_padding: bool = False,
+        weight_bias: bool = False,
+    ) -> None:
+        super().build(heads, weight_softmax, weight_dropout, causal)
+        if renorm_padding and not (weight_softmax and self.padding_mode == "zeros"):
+            raise ValueError(
+                "renorm_padding=True leaves taps beyond the input out of the softmax; it needs "
+                f"weight_softmax=True and padding_mode='zeros', not {weight_softmax}, "
+                f"{self.padding_mode!r}"
+            )
+        self.renorm_padding = renorm_padding
+        taps = self.heads * prod(self.kernel_size)
+        self.weight_linear = conv_nd(self.rank, self.in_channels, taps, 1, bias=weight_bias)
+
+    def generate(self, x: Tensor, mask: Tensor | None) -> dict[str, Tensor]:
+        features = x if self.causal else at_centres(self, x, mask)
+        if not self.renorm_padding:
+            return {"weight": self._kernels(features, None)}
+        real = x.new_ones(1, *x.shape[2:], dtype=torch.bool) if mask is None else mask
+        return {"weight": self._kernels(features, self._inside(*self.pad(real.unsqueeze(1))))}
+
+    def convolve(self, x: Tensor, weight: Tensor) -> Tensor:  # type: ignore[override]
+        x, padding = self.pad(self.values(x))
+        return self.per_position(x, weight, padding)
+
+    def _kernels(self, features: Tensor, inside: Tensor | None) -> Tensor:
+        """w, (N, heads, *K, *L_out); the taps that are `inside` take part, None for all."""
+        logits = self.weight_linear(features).unflatten(1, (self.heads, -1))
+        if inside is not None:
+            # Not -inf: the taps of a window may all lie outside.
+            logits = logits.masked_fill(~inside, torch.finfo(logits.dtype).min)
+        return self.normalise(logits, 2).unflatten(2, self.kernel_size)
+
+    def _inside(self, real: Tensor, padding: Padding) -> Tensor:
+        """Which taps read a real position: bool (N, 1, *L) -> (N, 1, prod(K), *L_out)."""
+        real, geometry = resolve_padding(
+            real, self.kernel_size, self.stride, padding, self.dilation
+        )
+        real = F.pad(real, [p for pad in reversed(geometry.padding) for p in (pad, pad)])
+        for d, (k, s, step) in enumerate(
+            zip(self.kernel_size, self.stride, self.dilation, strict=True)
+        ):
+            real = real.unfold(2 + d, step * (k - 1) + 1, s)[..., ::step]
+        return real.flatten(2 + self.rank).movedim(-1, 2)
+
+    def next_kernel(self, x: Tensor, real: Tensor) -> Tensor:
+        return self._kernels(x, self._inside(real, 0) if self.renorm_padding else None)
+
+    def take(self, kernel: Tensor) -> None:
+        """The kernel becomes weight_linear's bias."""
+        if self.weight_linear.bias is None:
+            raise ValueError(
+                "a kernel that follows no input is weight_linear's bias; give weight_bias=True"
+            )
+        nn.init.zeros_(self.weight_linear.weight)
+        self.weight_linear.bias.copy_(kernel.flatten())
+
+    @classmethod
+    def samples(cls, rank: int) -> list[dict[str, Any]]:
+        renormed = {"in_channels": 4, "out_channels": 4, "heads": 2, "renorm_padding": True}
+        found = super().samples(rank)
+        found.append(renormed | {"kernel_size": 3, "padding": 2, "weight_bias": True})
+        if rank == 1:
+            found.append(renormed | {"kernel_size": 4, "causal": True})
+        return found

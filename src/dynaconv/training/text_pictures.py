@@ -1,0 +1,192 @@
+"""Pictures of what the kernels of a model did along a text.
+
+They go by the names and shapes of what `DynamicConv.kernels` returns, as `kernel_pictures` does.
+"""
+
+import textwrap
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+import torch
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from torch import Tensor
+
+from dynaconv.data.text import encode, index_of, normal
+from dynaconv.training.files import whole
+from dynaconv.training.kernel_pictures import (
+    BLUE,
+    Ground,
+    draw_bars,
+    draw_number,
+    draw_shape,
+    draw_shares,
+    spread,
+)
+from dynaconv.training.model import dynamic_layers, kernels_of
+from dynaconv.training.text_model import TextConfig, TextNet
+
+# Characters of a text that are drawn; the kernels are those of the whole text.
+MOST_CHARACTERS = 100
+# What the pictures of single numbers are drawn over: nothing.
+NOWHERE = Ground(torch.zeros(3, 1, 1), (1, 1), ())
+MEANINGS = {
+    "weight": (
+        "above each character the kernel that the layer made for that place, its taps from "
+        "before to after (of several heads the one that changes most); red is negative, blue "
+        "positive."
+    ),
+    "offset": (
+        "for each tap (from before to after) and character, how many places to the right of its "
+        "regular place it looks; negative is left."
+    ),
+    "modulation": "for each tap (from before to after) and character, how much it counts.",
+    "coefficients": "the weight of each expert kernel, or size, in what is used on this text.",
+    "spatial": "a factor on each tap of the kernel, made from this text.",
+    "channel": "a factor on each input channel, made from this text.",
+    "filter": "a factor on each output channel, made from this text.",
+    "size": "the extent of the kernel in characters.",
+    "stride": "the step of the kernel in characters.",
+}
+
+
+@dataclass(frozen=True)
+class Along:
+    """What a panel is drawn along: the text, and the taps of the layer's kernel."""
+
+    text: str
+    taps: int
+
+
+# Draws values (no batch dimension) and returns what their numbers say.
+Drawer = Callable[[Axes, Tensor, Along], str]
+
+
+def draw_text_kernels(model: TextNet, config: TextConfig, text: str, most: int = 4) -> Figure:
+    """For up to `most` layers a panel for each quantity, the characters along it; explained."""
+    text = normal(text)
+    found = kernels_of(model, encode(text, index_of(config.characters))[None])
+    layers = dynamic_layers(model)
+    shown = [(name, key) for name in spread(list(found), most) for key in found[name]]
+    width, height = 2.5 + 0.15 * max(30, min(len(text), MOST_CHARACTERS)), 2.1
+    with matplotlib.rc_context({"font.size": 9, "axes.titlesize": 9}):
+        figure = Figure((width, height * len(shown) + 0.8), dpi=110, layout="constrained")
+        panels = figure.subplots(len(shown), 1, squeeze=False)[:, 0]
+        for axes, (name, key) in zip(panels, shown, strict=True):
+            values = found[name][key][0].float()
+            along = Along(text, layers[name].kernel_size[0])
+            said = drawer(key, values)(axes, values, along)
+            axes.set_title(f"{name}, {key}: {said}")
+    keys = dict.fromkeys(key for _, key in shown)
+    lines = [f"{key}: {MEANINGS.get(key, 'what the layer made of this text.')}" for key in keys]
+    told = "\n".join(textwrap.fill(line, int(width * 14)) for line in lines)
+    figure.supxlabel(told, fontsize=9, x=0.02, ha="left")
+    return figure
+
+
+def save_text_picture(path: Path, figure: Figure) -> None:
+    """The figure as a PNG, whole or not at all."""
+    with any_characters(), whole(path) as temporary:
+        figure.savefig(temporary, format="png")
+
+
+@contextmanager
+def any_characters() -> Iterator[None]:
+    """Characters that the font lacks are drawn as boxes, without a warning for each."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Glyph .* missing from")
+        yield
+
+
+def drawer(key: str, values: Tensor) -> Drawer:
+    """The picture for a quantity, by its name where that says more than its shape."""
+    if values.numel() == 1:
+        return _anywhere(draw_number)
+    if values.dim() == 3:
+        return draw_heads if values.shape[1] == 1 else draw_per_character
+    if values.dim() == 2:
+        return _anywhere(draw_shares) if key == "coefficients" else draw_along
+    return _anywhere(draw_bars if values.dim() == 1 else draw_shape)
+
+
+def _anywhere(draw: Callable[[Axes, Tensor, Ground], str]) -> Drawer:
+    return lambda axes, values, along: draw(axes, values, NOWHERE)
+
+
+def draw_per_character(axes: Axes, values: Tensor, along: Along) -> str:
+    """values (heads, K, L): the kernels of the head that changes most along the text."""
+    change = values.std(2, correction=0).norm(dim=1)
+    head = int(change.argmax())
+    axes.set_ylabel("tap")
+    said = _map(axes, values[head], along)
+    _name_taps(axes.set_yticks, values.shape[1])
+    return f"head {head + 1} of {values.shape[0]}, {said}"
+
+
+def draw_along(axes: Axes, values: Tensor, along: Along) -> str:
+    """values (n, L): n numbers at each character, as a line where n is 1."""
+    if values.shape[0] > 1:
+        said = _map(axes, values, along)
+        if values.shape[0] == along.taps:
+            axes.set_ylabel("tap")
+            _name_taps(axes.set_yticks, along.taps)
+        return said
+    places = (torch.arange(values.shape[1]) + 0.5) * len(along.text) / values.shape[1] - 0.5
+    axes.plot(places.tolist(), values[0].tolist(), ".-", color=BLUE)
+    axes.spines[["top", "right"]].set_visible(False)
+    _name_characters(axes, along.text)
+    return _range(values)
+
+
+def draw_heads(axes: Axes, values: Tensor, along: Along) -> str:
+    """values (heads, 1, K): one kernel a head, the same all along the text."""
+    said = _show(axes, values.squeeze(1), (-0.5, values.shape[2] - 0.5))
+    axes.set(xlabel="tap", ylabel="head", aspect="equal")
+    _name_taps(axes.set_xticks, values.shape[2])
+    return f"the same everywhere, {said}"
+
+
+def _map(axes: Axes, values: Tensor, along: Along) -> str:
+    """values (n, L) as colours, the first row on top, along the characters of the text."""
+    said = _show(axes, values, (-0.5, len(along.text) - 0.5))
+    _name_characters(axes, along.text)
+    return said
+
+
+def _show(axes: Axes, values: Tensor, across: tuple[float, float]) -> str:
+    """values (rows, columns) as colours: from 0 up, or around 0 where some are negative."""
+    limit, low = float(values.abs().max()) or 1.0, float(values.min())
+    style: dict[str, Any] = (
+        {"cmap": "RdBu", "vmin": -limit, "vmax": limit}
+        if low < 0
+        else {"cmap": "Blues", "vmin": 0, "vmax": limit}
+    )
+    extent = (*across, values.shape[0] - 0.5, -0.5)
+    drawn = axes.imshow(values.numpy(), aspect="auto", extent=extent, **style)
+    axes.figure.colorbar(drawn, ax=axes, fraction=0.03, pad=0.01)
+    return _range(values)
+
+
+def _range(values: Tensor) -> str:
+    return f"{values.min():.2f} to {values.max():.2f}"
+
+
+def _name_taps(set_ticks: Callable, taps: int) -> None:
+    """Ticks that count from the middle tap."""
+    places = range(0, taps, max(1, taps // 5))
+    set_ticks(
+        places, [f"{i - (taps - 1) // 2:+d}" if i != (taps - 1) // 2 else "0" for i in places]
+    )
+
+
+def _name_characters(axes: Axes, text: str) -> None:
+    """The characters of the text as ticks, spaces visible."""
+    shown = text[:MOST_CHARACTERS]
+    names = ["·" if not c.isprintable() or c.isspace() else c for c in shown]
+    axes.set_xticks(range(len(shown)), names, parse_math=False)
+    axes.set_xlim(-0.5, len(shown) - 0.5)

@@ -1,0 +1,127 @@
+import pytest
+import torch
+from matplotlib.figure import Figure
+from PIL import Image
+
+from dynaconv.data.text import encode, index_of
+from dynaconv.registry import family, names
+from dynaconv.training import text_pictures
+from dynaconv.training.model import dynamic_layers, kernels_of
+from dynaconv.training.text_model import TextConfig, build_text
+from dynaconv.training.text_pictures import (
+    MOST_CHARACTERS,
+    Along,
+    draw_along,
+    draw_per_character,
+    draw_text_kernels,
+    drawer,
+    save_text_picture,
+)
+
+ONE_D = [name for name in names() if 1 in family(name).classes]
+TEXT = "ein $Satz$ 漢字"
+
+
+def model_of(layer):
+    config = TextConfig(
+        layer=layer, labels=["x", "y"], characters="abc $", channels=16, blocks=3, kernel=5
+    )
+    return build_text(config).eval(), config
+
+
+def drawn(axes):
+    return bool(axes.patches or axes.images or axes.collections or axes.texts or axes.lines)
+
+
+@pytest.mark.parametrize("layer", ONE_D)
+def test_every_family_has_its_pictures(layer, tmp_path):
+    model, config = model_of(layer)
+    found = kernels_of(model, torch.zeros(1, 4, dtype=torch.long))
+    for text in (TEXT, "x"):
+        figure = draw_text_kernels(model, config, text, most=2)
+        panels = [axes for axes in figure.axes if ":" in axes.get_title()]
+        titles = [axes.get_title().split(":")[0] for axes in panels]
+        shown = ["blocks.0.mixer.conv", "blocks.2.mixer.conv"]
+        assert titles == [f"{name}, {key}" for name in shown for key in found[name]]
+        assert all(drawn(axes) for axes in panels)
+        save_text_picture(tmp_path / "a.png", figure)
+        with Image.open(tmp_path / "a.png") as image:
+            assert image.width > 500
+    for key in found["blocks.0.mixer.conv"]:
+        assert f"{key}: " in figure.get_supxlabel()
+
+
+@pytest.mark.parametrize("layer", ONE_D)
+def test_kernels_are_what_the_layers_made(layer):
+    model, config = model_of(layer)
+    tokens = encode("abc", index_of(config.characters))[None]
+    found = kernels_of(model, tokens)
+    layers = dynamic_layers(model)
+    assert list(found) == list(layers)
+    inputs = []
+    first = next(iter(layers))
+    handle = layers[first].register_forward_pre_hook(lambda _, given: inputs.append(given))
+    model(tokens)
+    handle.remove()
+    for key, value in layers[first].kernels(*inputs[0]).items():
+        assert torch.equal(found[first][key], value)
+    assert not any(layer._forward_pre_hooks for layer in layers.values())
+
+
+def test_a_kernel_above_each_character():
+    values = torch.zeros(3, 5, 4)
+    values[1, :, 2] = torch.arange(5.0)  # head 2 changes, at the third character
+    axes = Figure().subplots()
+    said = draw_per_character(axes, values, Along("a $b", 5))
+    assert said.startswith("head 2 of 3, 0.00 to 4.00")
+    (image,) = axes.images
+    assert image.get_array().tolist() == values[1].tolist()
+    assert image.get_extent() == [-0.5, 3.5, 4.5, -0.5]  # one unit is one character, one tap
+    assert [tick.get_text() for tick in axes.get_xticklabels()] == ["a", "·", "$", "b"]
+    assert [tick.get_text() for tick in axes.get_yticklabels()] == ["-2", "-1", "0", "+1", "+2"]
+
+
+def test_one_number_a_character_is_a_line():
+    axes = Figure().subplots()
+    assert draw_along(axes, torch.tensor([[1.0, 3.0, 2.0]]), Along("abc", 5)) == "1.00 to 3.00"
+    (line,) = axes.lines
+    assert list(line.get_xdata()) == [0, 1, 2]
+    assert list(line.get_ydata()) == [1, 3, 2]
+
+
+def test_of_long_texts_the_beginning_is_drawn():
+    model, config = model_of("dynamic_lightconv")
+    figure = draw_text_kernels(model, config, "abc" * 500, most=1)
+    (axes,) = [axes for axes in figure.axes if ":" in axes.get_title()]
+    assert axes.get_xlim() == (-0.5, MOST_CHARACTERS - 0.5)
+    assert axes.images[0].get_array().shape == (5, 1500)
+    assert figure.get_figwidth() < 20
+
+
+@pytest.mark.parametrize(
+    ("key", "shape", "wanted"),
+    [
+        ("weight", (8, 5, 30), "draw_per_character"),
+        ("weight", (8, 1, 5), "draw_heads"),
+        ("offset", (5, 30), "draw_along"),
+        ("new", (1, 30), "draw_along"),
+    ],
+)
+def test_quantities_are_drawn_by_their_shape(key, shape, wanted):
+    assert drawer(key, torch.rand(shape)) is getattr(text_pictures, wanted)
+
+
+@pytest.mark.parametrize(
+    ("key", "shape"),
+    [
+        ("coefficients", (2, 16)),
+        ("coefficients", (4,)),
+        ("size", (1,)),
+        ("new", ()),
+        ("new", (2, 2, 2, 2)),
+    ],
+)
+def test_quantities_of_the_whole_text_are_drawn(key, shape):
+    axes, values = Figure().subplots(), torch.rand(shape)
+    assert drawer(key, values)(axes, values, Along("abc", 5))
+    assert drawn(axes)
