@@ -124,6 +124,15 @@ def output_mask(mask: Tensor, geometry: Geometry) -> Tensor:
     return mask_from_sizes(torch.stack(columns, 1).clamp(min=0), shape)  # type: ignore[arg-type]
 
 
+def replicate_edges(x: Tensor, mask: Tensor) -> Tensor:
+    """x (N, C, *L) with the padding of each sample filled by its nearest real position."""
+    for d, size in enumerate(sizes_from_mask(mask).clamp(min=1).unbind(1), start=2):
+        nearest = torch.arange(x.shape[d], device=x.device).minimum(size.unsqueeze(1) - 1)
+        along = [-1 if i == d else 1 for i in range(1, x.dim())]
+        x = x.gather(d, nearest.unflatten(1, along).expand_as(x))
+    return x
+
+
 def masked_mean(x: Tensor, mask: Tensor | None) -> Tensor:
     """Mean over the real positions: (N, C, *L) -> (N, C). x is zero where the mask is False."""
     if mask is None:

@@ -10,6 +10,7 @@ from dynaconv.functional.resample_kernel import resample_kernel
 from dynaconv.functional.spectral_resize import spectral_resize
 
 __all__ = [
+    "conv",
     "conv_mixture",
     "conv_on_grid",
     "conv_per_position",

@@ -7,6 +7,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from dynaconv.masked import apply
+from dynaconv.masking import (
+    Padded,
+    check_mask,
+    mask_from_sizes,
+    replicate_edges,
+    sizes_from_mask,
+)
+
 
 class ConvBlock(nn.Sequential):
     """3x3 conv, batch norm, ReLU: (N, `inputs`, H, W) to (N, `outputs`, H, W)."""
@@ -34,8 +43,10 @@ class UNet(nn.Module):
         classes: classes a pixel can have.
         widths: channels at half, quarter, eighth ... resolution; at least two.
 
-    Shape:
-        input (N, in_channels, H, W) of any height and width from 1; output (N, classes, H, W).
+    Shapes:
+        input (N, in_channels, H, W) of any height and width from 1, and padding_mask (N, H, W)
+        bool, True where real, for images of different sizes; output (N, classes, H, W), at real
+        positions what each image gives alone.
 
     Raises:
         ValueError: for fewer than two widths, or widths below 1.
@@ -47,12 +58,13 @@ class UNet(nn.Module):
             raise ValueError(f"UNet: needs two or more widths from 1, got {tuple(widths)}")
         first, *_, last = widths
         pairs = list(pairwise(widths))
-        halve = nn.Conv2d(in_channels, first, 4, stride=2, padding=1)
-        self.stem = nn.Sequential(halve, *double(first, first))
+        down = nn.Conv2d(in_channels, first, 4, stride=2, padding=1)
+        self.stem = nn.Sequential(down, *double(first, first))
         self.encoder = nn.ModuleList(double(a, b) for a, b in pairs[:-1])
         self.bottleneck = double(pairs[-1][0], last)
         self.decoder = nn.ModuleList(double(a + b, a) for a, b in reversed(pairs))
         self.head = nn.Conv2d(first, classes, 1)
+        self.halve = nn.MaxPool2d(2)
         self.multiple = 2 ** len(widths)
 
     def pad(self, image: Tensor) -> Tensor:
@@ -61,15 +73,33 @@ class UNet(nn.Module):
         border = (0, -width % self.multiple, 0, -height % self.multiple)
         return F.pad(image, border, mode="replicate")
 
-    def forward(self, image: Tensor) -> Tensor:
+    def forward(self, image: Tensor, padding_mask: Tensor | None = None) -> Tensor:
         height, width = image.shape[-2:]
-        x = self.stem(self.pad(image))
+        x, mask = self._padded(image, padding_mask)
+        x, mask = apply(self.stem, x, mask)
         skips = [x]
         for block in [*self.encoder, self.bottleneck]:
-            x = block(F.max_pool2d(x, 2))
+            x, mask = apply(block, *apply(self.halve, x, mask))
             skips.append(x)
         for block, skip in zip(self.decoder, reversed(skips[:-1]), strict=True):
-            x = F.interpolate(x, scale_factor=2.0, mode="bilinear", align_corners=False)
-            x = block(torch.cat((x, skip), dim=1))
-        x = F.interpolate(self.head(x), scale_factor=2.0, mode="bilinear", align_corners=False)
+            x, mask = enlarge(x, mask)
+            x, mask = apply(block, torch.cat((x, skip), dim=1), mask)
+        x, _ = enlarge(*apply(self.head, x, mask))
         return x[..., :height, :width]
+
+    def _padded(self, image: Tensor, mask: Tensor | None) -> Padded:
+        """Each image padded as alone, and the mask of that."""
+        if mask is None:
+            return Padded(self.pad(image), None)
+        check_mask(mask, image)
+        x = self.pad(replicate_edges(image, mask))
+        sizes = sizes_from_mask(mask)
+        return Padded(x, mask_from_sizes(sizes + -sizes % self.multiple, x.shape[2:]))
+
+
+def enlarge(x: Tensor, mask: Tensor | None) -> Padded:
+    """Twice the height and width by linear interpolation, at borders from what is real alone."""
+    if mask is not None:
+        x = replicate_edges(x, mask)
+        mask = mask.repeat_interleave(2, 1).repeat_interleave(2, 2)
+    return Padded(F.interpolate(x, scale_factor=2.0, mode="bilinear", align_corners=False), mask)
