@@ -135,9 +135,9 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="seconds; too short to learn much")
     parser.add_argument("--picture", metavar="FILE", help="draw the size maps over scenes")
     arguments = parser.parse_args()
-    steps, length = (40, 48) if arguments.quick else (500, 500)
+    steps, length = (30, 48) if arguments.quick else (300, 400)
     scenes = DigitScenes("train", length).in_memory()
-    unseen = DigitScenes("val", 32 if arguments.quick else 128).in_memory()
+    unseen = DigitScenes("val", 32 if arguments.quick else 64).in_memory()
     for name, conv in (
         ("static", nn.Conv2d),
         ("adaptive dilation", dynaconv.AdaptiveDilationConv2d),

@@ -188,6 +188,11 @@ def test_label():
     assert label(model, config, []) == ([], [])
 
 
+def test_a_mask_of_another_shape():
+    with pytest.raises(ValueError, match="padding_mask has shape"):
+        TextNet(3, 2, 8, 1, 3)(torch.ones(2, 4, dtype=torch.long), torch.ones(2, 3).bool())
+
+
 def test_an_empty_text_has_no_label():
     model, config = trained("static")
     with pytest.raises(ValueError, match="text 1 is empty"):

@@ -11,6 +11,7 @@ import csv
 import hashlib
 import io
 import json
+import re
 import unicodedata
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -26,11 +27,12 @@ from dynaconv.masking import pad_batch
 
 # A file with hundreds of faults is told with the first few.
 MOST_FAULTS = 20
-# The share of texts that validates where there is no file for it.
-VAL_SHARE = 10
+# One in so many different texts of a label validates, where there is no file for that.
+ONE_IN = 10
 # Texts of this many batches are put in order of length at a time.
 POOL = 30
 UNKNOWN = 0
+SURROGATE = re.compile("[\ud800-\udfff]")
 
 
 @dataclass(frozen=True)
@@ -111,7 +113,7 @@ def split(read: Texts) -> tuple[Texts, Texts]:
     held_out = {
         text
         for texts in by_label.values()
-        for text in texts[: max(len(texts) // VAL_SHARE, min(1, len(texts) - 1))]
+        for text in texts[: max(len(texts) // ONE_IN, min(1, len(texts) - 1))]
     }
     return read.pick(lambda text: text not in held_out), read.pick(held_out.__contains__)
 
@@ -247,7 +249,7 @@ def _fault(name: str, value: object) -> str | None:
         return f"its {name} is {json.dumps(value)[:40]}; give a string"
     if not value.strip():
         return f"its {name} is empty"
-    if any("\ud800" <= c <= "\udfff" for c in value):
+    if SURROGATE.search(value):
         return f"its {name} has half of a surrogate pair, which is no character"
     return None
 

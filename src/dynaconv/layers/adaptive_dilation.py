@@ -44,7 +44,8 @@ class AdaptiveDilationConv(DynamicConv):
     static kernel: |o| starting at exactly 0 would have no gradient.
 
     Args:
-        zero_dilation: D as in the paper, which can shrink the kernel to one point.
+        zero_dilation: D as in the paper. It can shrink the kernel to one point, where relu has no
+            gradient back: train offset_conv slowly.
         epsilon: what |o| starts above its place, so that it has a gradient.
         dilation_bound: D stays below this (tanh around its start). None bounds it where all but
             the central tap lie outside of the input.

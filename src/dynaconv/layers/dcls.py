@@ -31,7 +31,9 @@ class DCLSConv(DynamicConv):
     A dilated convolution whose taps left their grid: give the arguments of one, or, as published,
     the extent as kernel_size and the number of taps. `positions` (D, C_out, C_in / groups, taps)
     count from the kernel's centre, in training each call first moves them back into the kernel.
-    "linear" is the paper's (v1 in its code), the other two are of its sequel (ICML workshops 2023).
+    "linear" is the paper's (v1 in its code), the other two are of its sequel (ICML workshops 2023),
+    where Gaussians spread taps best. Taps that are not needed lose their weight, they do not come
+    back: `size` can grow with the data, and hardly shrinks.
 
     The published code counts the dimensions backwards and confuses the sides of kernels that are
     not square; here dimension d is the input's. Its triangles start at width 0, where |width| has

@@ -36,9 +36,9 @@ class FlexConv(DynamicConv):
     does. Masks are the same for all inputs and channels.
 
     As in the authors' later code (Knigge, ICLR 2023) the mask stays centred; `learn_mean=True`
-    learns its centre as the paper has it, and padding by K - 1 on the left alone makes a causal
-    layer. Other than there, three taps a dimension always stay, for one tap alone tells the mask
-    nothing and could never grow again, and masks start wide enough for five.
+    learns its centre as the paper has it. Other than there, three taps a dimension always stay,
+    for one tap alone tells the mask nothing and could never grow again, and masks start wide
+    enough for five. The causal form of that code is not here.
 
     Args:
         hidden, omega_0, kind, layers: of the network, see `KernelNetwork`.

@@ -105,6 +105,9 @@ class LearnedStrideConv(DynamicConv):
         """That of the convolution: its stride is 1."""
         return super().geometry()._replace(stride=(1,) * self.rank)
 
+    def output_size(self, size: tuple[int, ...]) -> tuple[int, ...]:
+        return self.resized_shape(super().output_size(size))
+
     def bounded_strides(self) -> Tensor:
         """The strides (D,) between their bounds; the gradient passes as if there were none."""
         if self.training:
@@ -166,7 +169,7 @@ class LearnedStrideConv(DynamicConv):
 
     def resized_shape(self, shape: Sequence[int]) -> tuple[int, ...]:
         """The output's spatial shape for a convolution output of spatial shape `shape`."""
-        if 0 in shape:
+        if min(shape) < 1:
             return (0,) * self.rank
         with torch.no_grad():
             size = self.cropped_size(shape)

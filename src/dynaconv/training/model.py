@@ -94,7 +94,10 @@ def kernels_of(model: nn.Module, *inputs: Any) -> dict[str, dict[str, Tensor]]:
     found: dict[str, dict[str, Tensor]] = {}
 
     def keep(name: str) -> Callable:
-        return lambda layer, given: found.__setitem__(name, layer.kernels(*given))
+        def hook(layer: DynamicConv, given: tuple) -> None:
+            found[name] = {key: value.detach() for key, value in layer.kernels(*given).items()}
+
+        return hook
 
     layers = dynamic_layers(model).items()
     hooks = [layer.register_forward_pre_hook(keep(name)) for name, layer in layers]

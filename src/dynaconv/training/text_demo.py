@@ -29,14 +29,15 @@ class TextBudget:
 
     texts: int = 400
     val: int = 60
-    epochs: int = 4
+    epochs: int = 3
     seeds: int = 2
     channels: int = 64
-    blocks: int = 3
+    blocks: int = 2
+    kernel: int = 7
 
 
 FULL = TextBudget()
-QUICK = TextBudget(texts=200, val=30, epochs=2, seeds=1)
+QUICK = TextBudget(texts=150, val=30, epochs=2, seeds=1)
 
 
 @dataclass
@@ -97,9 +98,10 @@ def demo_config(layer: str, budget: TextBudget, seed: int, train: Texts) -> Text
         characters="".join(sorted(set().union(*train.texts))),
         channels=budget.channels,
         blocks=budget.blocks,
+        kernel=budget.kernel,
         epochs=budget.epochs,
         batch=64,
-        lr=4e-3,
+        lr=8e-3,
         seed=seed,
     )
 

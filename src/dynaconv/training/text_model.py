@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from dynaconv import masked
 from dynaconv.convert import convert, select
 from dynaconv.data.text import UNKNOWN, encode, index_of, normal, pad_texts
-from dynaconv.masking import Padded, masked_mean, sizes_from_mask
+from dynaconv.masking import Padded, check_mask, masked_mean, sizes_from_mask
 from dynaconv.registry import family
 from dynaconv.training.model import STATIC, RunConfig
 
@@ -101,7 +101,7 @@ class TextNet(nn.Module):
         real, None for all; output (N, labels). A text's output is that of the text alone.
 
     Raises:
-        ValueError: a number is below 1, or `kernel` even.
+        ValueError: a number is below 1, or `kernel` even; the mask has another shape.
     """
 
     def __init__(
@@ -121,6 +121,7 @@ class TextNet(nn.Module):
 
     def forward(self, tokens: Tensor, mask: Tensor | None = None) -> Tensor:
         mask = torch.ones_like(tokens, dtype=torch.bool) if mask is None else mask
+        check_mask(mask, tokens.unsqueeze(1))
         if self.training:
             unknown = torch.rand(tokens.shape, device=tokens.device) < UNKNOWN_SHARE
             tokens = tokens.masked_fill(unknown, UNKNOWN)
