@@ -2,7 +2,7 @@
 
     python examples/adaptive_size.py
 
-Real handwritten digits (scikit-learn's) are shown 10 to 40 pixels wide on a 40x40 ground. The same
+Real handwritten digits (scikit-learn's) are shown 8 to 32 pixels wide on a 32x32 ground. The same
 small network is trained with plain convolutions and with `AdaptiveSizeConv2d`, by dilation and by
 mask; then each layer's kernel size is set beside the width of the digit that it saw.
 """
@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 import dynaconv
 
-SIDE, SMALLEST = 40, 10
+SIDE, SMALLEST = 32, 8
 
 
 def shown(digits: Tensor) -> tuple[Tensor, Tensor]:
@@ -50,7 +50,7 @@ def train(model: nn.Module, digits: Tensor, labels: Tensor, steps: int) -> None:
     optimizer = torch.optim.AdamW(dynaconv.parameter_groups(model, lr=1e-2))
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 1e-2, total_steps=steps)
     for _ in range(steps):
-        pick = torch.randint(len(digits), (64,))
+        pick = torch.randint(len(digits), (32,))
         images, _ = shown(digits[pick])
         loss = F.cross_entropy(model(images), labels[pick])
         optimizer.zero_grad()
@@ -72,7 +72,7 @@ def sizes(model: nn.Sequential, images: Tensor) -> list[Tensor]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--quick", action="store_true", help="seconds instead of a minute")
-    steps = 25 if parser.parse_args().quick else 250
+    steps = 12 if parser.parse_args().quick else 300
     data = load_digits()
     digits = torch.tensor(data.images, dtype=torch.float32)[:, None] / 16
     labels = torch.tensor(data.target)
@@ -87,11 +87,11 @@ def main() -> None:
             found = sizes(model, images)
         print(f"{field or 'static'}: {right:.1f}% of the digits")
         for i, size in enumerate(found):
-            small, large = size[widths < 20].mean(), size[widths > 30].mean()
+            small, large = size[widths < 16].mean(), size[widths > 24].mean()
             related = torch.corrcoef(torch.stack([widths.float(), size]))[0, 1]
             print(
-                f"  layer {i + 1}: kernel {small:.2f} positions on digits below 20 px, "
-                f"{large:.2f} above 30 px; correlation with the width {related:+.2f}"
+                f"  layer {i + 1}: kernel {small:.2f} positions on digits below 16 px, "
+                f"{large:.2f} above 24 px; correlation with the width {related:+.2f}"
             )
 
 

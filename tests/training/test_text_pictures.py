@@ -11,6 +11,7 @@ from dynaconv.training.text_model import TextConfig, build_text
 from dynaconv.training.text_pictures import (
     MOST_CHARACTERS,
     Along,
+    caption,
     draw_along,
     draw_per_character,
     draw_text_kernels,
@@ -79,6 +80,15 @@ def test_a_kernel_above_each_character():
     assert image.get_extent() == [-0.5, 3.5, 4.5, -0.5]  # one unit is one character, one tap
     assert [tick.get_text() for tick in axes.get_xticklabels()] == ["a", "·", "$", "b"]
     assert [tick.get_text() for tick in axes.get_yticklabels()] == ["-2", "-1", "0", "+1", "+2"]
+
+
+def test_a_kernel_for_all_characters_says_so():
+    axes = Figure().subplots()
+    assert drawer("weight", torch.rand(8, 1, 5))(axes, torch.rand(8, 1, 5), Along("ab", 5))
+    assert [tick.get_text() for tick in axes.get_xticklabels()] == ["-2", "-1", "0", "+1", "+2"]
+    assert axes.get_yticklabels()[0].get_text() == "1"
+    assert "the same at every character" in caption("weight", torch.rand(8, 1, 5))
+    assert "above each character" in caption("weight", torch.rand(8, 5, 30))
 
 
 def test_one_number_a_character_is_a_line():

@@ -82,12 +82,12 @@ def _sample_dimension(x: Tensor, t: Tensor, dim: int) -> Tensor:
     length, along = x.shape[dim], [-1 if d == dim else 1 for d in range(1, x.dim())]
     lower = t.detach().floor()
     share = t - lower
-    output = None
+    output: Tensor | None = None
     for point, part in ((lower, 1 - share), (lower + 1, share)):
         inside = (point >= 0) & (point < length)
         part = torch.where(inside, part, 0).to(x.dtype).unflatten(1, along)
         index = torch.where(inside, point, 0).long().unflatten(1, along)
         shape = [*x.shape[:dim], t.shape[1], *x.shape[dim + 1 :]]
-        value = x.gather(dim, index.expand(shape)) * part
-        output = value if output is None else output + value
+        value = x.gather(dim, index.expand(shape))
+        output = value * part if output is None else torch.addcmul(output, value, part)
     return output  # type: ignore[return-value]

@@ -6,10 +6,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dynaconv.functional import conv_on_grid, conv_per_sample
+from dynaconv.functional import conv_per_sample, deform_conv
 from dynaconv.layers.attention import Regulator
 from dynaconv.layers.base import ConvNd, DynamicConv, at_least, positive
-from dynaconv.layers.grid import origin, positions
 from dynaconv.registry import register_family
 
 FIELDS = ("dilation", "mask")
@@ -19,7 +18,7 @@ WIDTH = 1 / sqrt(2 * log(10))
 
 @register_family(
     "adaptive_size",
-    primitive="conv_on_grid",
+    primitive="deform_conv",
     paper="dynaconv, after Li, CVPR 2019 and Romero, ICLR 2022",
 )
 class AdaptiveSizeConv(DynamicConv):
@@ -73,16 +72,21 @@ class AdaptiveSizeConv(DynamicConv):
         return {"size": 1 + seen * seen.new_tensor(spans), "scale": scale}
 
     def convolve(self, x: Tensor, scale: Tensor) -> Tensor:  # type: ignore[override]
-        if self.field == "dilation":
-            size = self.output_size(tuple(x.shape[2:]))
-            x, before, geometry = origin(self, x)
-            stride = scale.new_tensor(self.stride).expand_as(scale)
-            grid = positions(geometry, before, size, stride, scale)
-            return conv_on_grid(x, grid, self.weight, self.bias, self.groups)
-        kernels = self.weight * self.mask(scale).to(self.weight.dtype)
+        size = self.output_size(tuple(x.shape[2:]))
         x, padding = self.pad(x)
         settings = (self.stride, padding, self.dilation, self.groups)
+        if self.field == "dilation":
+            return deform_conv(x, self.offset(scale, size), self.weight, self.bias, *settings)
+        kernels = self.weight * self.mask(scale).to(self.weight.dtype)
         return conv_per_sample(x, kernels, self.bias, *settings)
+
+    def offset(self, scale: Tensor, size: tuple[int, ...]) -> Tensor:
+        """(r - 1) d (k - (K - 1) / 2) for each tap, the same everywhere: (N, prod(K) D, *L_out)."""
+        axes = [torch.arange(k, device=scale.device) - (k - 1) / 2 for k in self.kernel_size]
+        taps = torch.stack(torch.meshgrid(*axes, indexing="ij"), -1).flatten(0, -2)
+        taps = taps.to(scale) * scale.new_tensor(self.dilation)
+        offset = ((scale - 1).unsqueeze(1) * taps).flatten(1)
+        return offset.unflatten(1, (-1, *[1] * self.rank)).expand(-1, -1, *size)
 
     def mask(self, scale: Tensor) -> Tensor:
         """exp(-|u|^2 (1 / r^2 - 1) / (2 w^2)), (N, 1, 1, *K), from r (N, D)."""

@@ -13,7 +13,6 @@ from dynaconv.functional._checks import check_output
 from dynaconv.functional.conv_on_grid import sample
 from dynaconv.layers.attention import Regulator
 from dynaconv.layers.base import ConvNd, DynamicConv, at_least, positive
-from dynaconv.layers.grid import origin, positions
 from dynaconv.masking import Padded, crop, pad_batch, sizes_from_mask
 from dynaconv.registry import register_family
 
@@ -101,12 +100,25 @@ class AdaptiveStrideConv(DynamicConv):
             return Padded(x.new_zeros(0, self.out_channels, *size), x.new_ones(0, *size).bool())
         results: dict[int, Tensor] = {}
         for (size, output), index in groups.items():
-            part, before, geometry = origin(self, crop(x[index], size))
-            own = stride[index]
-            grid = positions(geometry, before, output, own, torch.ones_like(own))
-            output = conv_on_grid(part, grid, self.weight, self.bias, self.groups)
-            results |= zip(index, output, strict=True)
+            grid = self.positions(output, stride[index])
+            part = crop(x[index], size)
+            if self.padding_mode != "zeros":  # zeros need not be written: they are read outside
+                part, _ = self.pad(part)
+            made = conv_on_grid(part, grid, self.weight, self.bias, self.groups)
+            results |= zip(index, made, strict=True)
         return pad_batch([results[i] for i in range(x.shape[0])])
+
+    def positions(self, size: tuple[int, ...], stride: Tensor) -> list[Tensor]:
+        """s[n] p + d k - padding for each dimension, (N, L_out, K)."""
+        kernel, _, padding, dilation = self.geometry()
+        grid = []
+        for d in range(self.rank):
+            before = padding[d] if self.padding_mode == "zeros" else 0
+            p = torch.arange(size[d], device=stride.device, dtype=stride.dtype)
+            k = torch.arange(kernel[d], device=stride.device, dtype=stride.dtype)
+            start = stride[:, d, None] * p - before
+            grid.append(start.unsqueeze(2) + dilation[d] * k)
+        return grid
 
     def size_at(self, size: Sequence[int], stride: Sequence[float]) -> tuple[int, ...]:
         """Spatial shape of the output of a sample of spatial shape `size` at `stride`.

@@ -82,11 +82,17 @@ def draw_text_kernels(model: TextNet, config: TextConfig, text: str, most: int =
             along = Along(text, layers[name].kernel_size[0])
             said = drawer(key, values)(axes, values, along)
             axes.set_title(f"{name}, {key}: {said}")
-    keys = dict.fromkeys(key for _, key in shown)
-    lines = [f"{key}: {MEANINGS.get(key, 'what the layer made of this text.')}" for key in keys]
+    lines = dict.fromkeys(caption(key, found[name][key][0]) for name, key in shown)
     told = "\n".join(textwrap.fill(line, int(width * 14)) for line in lines)
     figure.supxlabel(told, fontsize=9, x=0.02, ha="left")
     return figure
+
+
+def caption(key: str, values: Tensor) -> str:
+    """What a newcomer sees in the panel of a quantity, a sentence."""
+    if key == "weight" and values.dim() == 3 and values.shape[1] == 1:
+        return f"{key}: the kernel of each head, the same at every character of every text."
+    return f"{key}: {MEANINGS.get(key, 'what the layer made of this text.')}"
 
 
 def save_text_picture(path: Path, figure: Figure) -> None:
@@ -146,8 +152,10 @@ def draw_along(axes: Axes, values: Tensor, along: Along) -> str:
 def draw_heads(axes: Axes, values: Tensor, along: Along) -> str:
     """values (heads, 1, K): one kernel a head, the same all along the text."""
     said = _show(axes, values.squeeze(1), (-0.5, values.shape[2] - 0.5))
-    axes.set(xlabel="tap", ylabel="head", aspect="equal")
+    axes.set(xlabel="tap", ylabel="head")
     _name_taps(axes.set_xticks, values.shape[2])
+    heads = range(0, values.shape[0], max(1, values.shape[0] // 4))
+    axes.set_yticks(heads, [str(head + 1) for head in heads])
     return f"the same everywhere, {said}"
 
 
