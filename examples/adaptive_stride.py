@@ -19,7 +19,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import dynaconv
 from dynaconv import MaskedSequential, collect_costs, pad_batch
 
-PRICES = (0.0, 0.1, 0.4)
+PRICES = (0.0, 0.3, 1.0)
 SIZES = (12, 48)
 
 
@@ -92,7 +92,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--quick", action="store_true", help="seconds instead of a minute")
     quick = parser.parse_args().quick
-    steps, shown = (12, 40) if quick else (200, 300)
+    steps, shown = (12, 40) if quick else (300, 300)
     data = load_digits()
     digits = torch.tensor(data.images, dtype=torch.float32)[:, None] / 16
     labels = torch.tensor(data.target)

@@ -46,8 +46,6 @@ class AdaptiveStrideConv(DynamicConv):
     """
 
     exact_options = {"restore": True}
-    # The stride moves every position of the output: it is trained slower than a kernel.
-    lr_factors = {"head": 0.1}
 
     def build(
         self,
