@@ -14,10 +14,11 @@ import torch
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.image import AxesImage
+from matplotlib.patches import Rectangle
 from matplotlib.ticker import MaxNLocator
 from torch import Tensor
 
-from dynaconv.training.model import dynamic_layers, normalise
+from dynaconv.training.model import dynamic_layers, kernels, kernels_of, look, normalise
 from dynaconv.training.pictures import frame, panels, show_image
 from dynaconv.training.unet import UNet
 
@@ -33,17 +34,23 @@ BARS_WITH_NUMBERS = 6
 class Ground:
     """What a panel is drawn over: `image` (3, H, W), and its size once padded for the model.
 
-    `window` is the layer's kernel size.
+    `window` is the layer's kernel size, `seen` the size of the map that the layer gets.
     """
 
     image: Tensor
     padded: tuple[int, int]
     window: tuple[int, ...]
+    seen: tuple[int, int] = (1, 1)
 
     def cell(self, positions: Tensor) -> tuple[float, float]:
         """Height and width in pixels of a position of a map (..., h, w)."""
         height, width = positions.shape[-2:]
         return self.padded[0] / height, self.padded[1] / width
+
+    def pixels(self, lengths: Tensor) -> tuple[float, float]:
+        """Height and width in pixels of (2,) lengths in positions of the layer's map."""
+        high, wide = (p / n for p, n in zip(self.padded, self.seen, strict=True))
+        return float(lengths[0]) * high, float(lengths[1]) * wide
 
 
 # Draws values (no batch dimension) and returns what their numbers say.
@@ -52,25 +59,15 @@ Drawer = Callable[[Axes, Tensor, Ground], str]
 
 def capture(model: UNet, image: Tensor) -> dict[str, Kernels]:
     """For one image (3, H, W): what each dynamic layer made of its kernel, by layer name."""
-    found: dict[str, Kernels] = {}
-
-    def keep(name: str) -> Callable:
-        return lambda layer, inputs: found.__setitem__(name, layer.kernels(*inputs))
-
-    layers = dynamic_layers(model).items()
-    hooks = [layer.register_forward_pre_hook(keep(name)) for name, layer in layers]
-    try:
-        with torch.no_grad():
-            model.eval()(normalise(image)[None])
-    finally:
-        for hook in hooks:
-            hook.remove()
-    return found
+    return kernels_of(model, normalise(image)[None])
 
 
 def draw_kernels(model: UNet, image: Tensor, most: int = 4) -> Figure:
     """The image (3, H, W), and for up to `most` layers a column with a panel for each quantity."""
-    found, layers = capture(model, image), dynamic_layers(model)
+    both = look(
+        model, lambda layer, x: (kernels(layer, *x), x[0].shape[-2:]), normalise(image)[None]
+    )
+    found, layers = {name: made for name, (made, _) in both.items()}, dynamic_layers(model)
     chosen = spread(list(found), most)
     keys = list(dict.fromkeys(key for name in chosen for key in found[name]))
     keys.sort(key=lambda key: key != "coefficients")  # first what tells most
@@ -81,7 +78,7 @@ def draw_kernels(model: UNet, image: Tensor, most: int = 4) -> Figure:
     show_image(frame(axes[0, 0], "input"), image)
     height, width = model.pad(image[None]).shape[-2:]
     for column, name in enumerate(chosen, start=1):
-        ground = Ground(image, (height, width), layers[name].kernel_size)
+        ground = Ground(image, (height, width), layers[name].kernel_size, tuple(both[name][1]))
         for row, key in enumerate(k for k in keys if k in found[name]):
             cell = axes[row, column]
             cell.axis("on")
@@ -115,6 +112,12 @@ def drawer(key: str, values: Tensor, ground: Ground) -> Drawer:
         return draw_offsets
     if key == "spatial" and values.numel() == prod(ground.window):
         return draw_taps
+    if key in PAIRS and values.shape == (2,):
+        return PAIRS[key]
+    if key == "size" and values.dim() == 3:
+        return draw_over
+    if key == "positions" and values.dim() == 2:
+        return draw_positions
     if values.numel() == 1:
         return draw_number
     return BY_DIMENSIONS.get(values.dim(), draw_shape)
@@ -149,6 +152,19 @@ MEANINGS = {
     "channel": "a factor on each input channel, made from this image; the line is their mean.",
     "filter": "a factor on each output channel, made from this image; the line is their mean.",
     "spatial": "a factor on each tap of the kernel, made from this image.",
+    "size": (
+        "how far the kernel reaches, in positions of the layer's feature map: a box for the whole "
+        "image, or a map over it, bright where the kernel is large."
+    ),
+    "scale": "how many times as far the kernel reaches in height and width as at the start.",
+    "stride": "the step of the kernel in height and width; a dot is where an output looks.",
+    "switch": "how much the kernel of the smaller dilation counts at each position.",
+    "positions": "where the taps lie in the kernel, in positions from its first (rows, columns).",
+    "mask": "how much each tap of the largest kernel counts.",
+    "low_channel": "a factor on each input channel for the kernel's mean part.",
+    "low_filter": "a factor on each output channel for the kernel's mean part.",
+    "high_channel": "a factor on each input channel for the rest of the kernel.",
+    "high_filter": "a factor on each output channel for the rest of the kernel.",
 }
 
 
@@ -214,6 +230,49 @@ def draw_map(axes: Axes, values: Tensor, ground: Ground) -> str:
     _to_image(axes, ground)
     _colour_bar(axes, drawn)
     return f"{mean.min():.2f} to {mean.max():.2f}"
+
+
+def draw_over(axes: Axes, values: Tensor, ground: Ground) -> str:
+    """values (1, h, w): a map that lets the image through."""
+    height, width = ground.padded
+    show_image(frame(axes), ground.image)
+    extent = (0, width, height, 0)
+    drawn = axes.imshow(values[0].numpy(), cmap="plasma", alpha=0.65, extent=extent)
+    _to_image(axes, ground)
+    _colour_bar(axes, drawn)
+    return f"{values.min():.1f} to {values.max():.1f} positions"
+
+
+def draw_extent(axes: Axes, values: Tensor, ground: Ground) -> str:
+    """values (2,): a box of so many positions of the layer's map in height and width."""
+    image, pixels = ground.image, ground.pixels(values)
+    show_image(frame(axes), image, alpha=0.6)
+    top, left = (image.shape[1] - pixels[0]) / 2, (image.shape[2] - pixels[1]) / 2
+    box: dict[str, Any] = {"facecolor": "none", "edgecolor": "#b3001b", "linewidth": 2}
+    axes.add_patch(Rectangle((left, top), pixels[1], pixels[0], **box))
+    return f"{values[0]:.1f} x {values[1]:.1f} positions"
+
+
+def draw_steps(axes: Axes, values: Tensor, ground: Ground) -> str:
+    """values (2,): a dot at every step of so many positions of the layer's map."""
+    high, wide = ground.pixels(values)
+    show_image(frame(axes), ground.image, alpha=0.6)
+    rows = torch.arange(high / 2, ground.image.shape[1], max(high, 1e-3))
+    columns = torch.arange(wide / 2, ground.image.shape[2], max(wide, 1e-3))
+    y, x = torch.meshgrid(rows, columns, indexing="ij")
+    axes.scatter(x.flatten().numpy(), y.flatten().numpy(), s=6, color="#b3001b")
+    _to_image(axes, ground)
+    return f"{values[0]:.2f} x {values[1]:.2f}"
+
+
+def draw_positions(axes: Axes, values: Tensor, ground: Ground) -> str:
+    """values (taps, 2): a point for each tap at its row and column."""
+    axes.scatter(values[:, 1].numpy(), values[:, 0].numpy(), s=24, color=BLUE)
+    axes.set_aspect("equal")
+    axes.invert_yaxis()
+    axes.margins(0.2)
+    span = values.amax(0) - values.amin(0) + 1
+    return f"{len(values)} taps over {span[0]:.1f} x {span[1]:.1f}"
 
 
 def draw_taps(axes: Axes, values: Tensor, ground: Ground) -> str:
@@ -294,6 +353,10 @@ BY_DIMENSIONS: dict[int, Drawer] = {
     4: draw_kernel,
     5: draw_per_position,
 }
+
+
+# Quantities of a whole image, a number each for height and width.
+PAIRS: dict[str, Drawer] = {"size": draw_extent, "stride": draw_steps}
 
 
 def _places(count: int, most: int) -> Tensor:

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from typing import Any, ClassVar, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +14,7 @@ from dynaconv.training.unet import UNet
 STATIC = "static"
 # Where a U-Net becomes dynamic: below its stem, on the way down and at the bottom.
 WHERE = r"encoder|bottleneck"
+Seen = TypeVar("Seen")
 # Images a forward pass; enough for speed on a CPU, little memory.
 CHUNK = 25
 
@@ -91,13 +92,21 @@ def dynamic_layers(model: nn.Module) -> dict[str, DynamicConv]:
 
 def kernels_of(model: nn.Module, *inputs: Any) -> dict[str, dict[str, Tensor]]:
     """What each dynamic layer made of its kernel in `model(*inputs)`, in evaluation mode."""
-    found: dict[str, dict[str, Tensor]] = {}
+    return look(model, lambda layer, given: kernels(layer, *given), *inputs)
+
+
+def kernels(layer: DynamicConv, *given: Any) -> dict[str, Tensor]:
+    return {key: value.detach() for key, value in layer.kernels(*given).items()}
+
+
+def look(
+    model: nn.Module, at: Callable[[DynamicConv, tuple], Seen], *inputs: Any
+) -> dict[str, Seen]:
+    """at(layer, its inputs) of each dynamic layer in `model(*inputs)`, in evaluation mode."""
+    found: dict[str, Seen] = {}
 
     def keep(name: str) -> Callable:
-        def hook(layer: DynamicConv, given: tuple) -> None:
-            found[name] = {key: value.detach() for key, value in layer.kernels(*given).items()}
-
-        return hook
+        return lambda layer, given: found.__setitem__(name, at(layer, given))
 
     layers = dynamic_layers(model).items()
     hooks = [layer.register_forward_pre_hook(keep(name)) for name, layer in layers]

@@ -191,6 +191,9 @@ def over_scenes(result: Result, val: InMemory, most: int = 60) -> Figure:
 
 def one_number(kernels: Kernels) -> tuple[float, str]:
     """A number that tells one scene's kernel from another's, and what it is."""
+    for key in ("size", "stride"):
+        if key in kernels:
+            return float(kernels[key].mean()), f"mean {key} (positions)"
     if "offset" in kernels:
         pairs = kernels["offset"].unflatten(1, (-1, 2))
         return float(pairs.norm(dim=2).mean()), "mean offset (positions)"
