@@ -1,4 +1,4 @@
-"""Schedules over whole models: softmax temperature, and learning rates of slower parts."""
+"""Schedules over whole models: softmax temperature, and learning rates of single parts."""
 
 from typing import Any
 
@@ -37,20 +37,20 @@ def anneal(model: nn.Module, progress: float, start: float = 30.0, end: float = 
 
 
 def parameter_groups(model: nn.Module, lr: float) -> list[dict[str, Any]]:
-    """Parameter groups for an optimiser, the parts that their papers train slower apart.
+    """Parameter groups for an optimiser, the parts that their papers train slower or faster apart.
 
         optimiser = torch.optim.AdamW(dynaconv.parameter_groups(model, lr=1e-3))
 
     Offset branches of deformable layers, for instance, train at a tenth of the rate.
     """
-    slower: dict[nn.Parameter, float] = {}
+    factors: dict[nn.Parameter, float] = {}
     for module in model.modules():
         if isinstance(module, DynamicConv):
             for prefix, factor in module.lr_factors.items():
                 part = getattr(module, prefix)
                 found = part.parameters() if isinstance(part, nn.Module) else [part]
-                slower |= dict.fromkeys(found, factor)
+                factors |= dict.fromkeys(found, factor)
     groups: dict[float, list[nn.Parameter]] = {1.0: []}
     for parameter in model.parameters():
-        groups.setdefault(slower.get(parameter, 1.0), []).append(parameter)
+        groups.setdefault(factors.get(parameter, 1.0), []).append(parameter)
     return [{"params": params, "lr": lr * factor} for factor, params in groups.items()]

@@ -39,7 +39,7 @@ class DynamicConv(nn.Module):
     family: ClassVar[str]
     # Options under which a layer can start as a given static convolution.
     exact_options: ClassVar[dict[str, Any]] = {}
-    # Learning-rate factors of submodules or parameters that the paper trains slower.
+    # Learning-rate factors of submodules or parameters that the paper trains slower or faster.
     lr_factors: ClassVar[dict[str, float]] = {}
     # Whether the output has the size that nn.ConvNd's has; if not, `output_mask` tells it.
     sized_like_conv: ClassVar[bool] = True

@@ -159,7 +159,7 @@ MEANINGS = {
     "scale": "how many times as far the kernel reaches in height and width as at the start.",
     "stride": "the step of the kernel in height and width; a dot is where an output looks.",
     "switch": "how much the kernel of the smaller dilation counts at each position.",
-    "positions": "where the taps lie in the kernel, in positions from its first (rows, columns).",
+    "positions": "where the taps lie in the kernel, in positions from its centre (rows, columns).",
     "mask": "how much each tap of the largest kernel counts.",
     "low_channel": "a factor on each input channel for the kernel's mean part.",
     "low_filter": "a factor on each output channel for the kernel's mean part.",
@@ -260,7 +260,8 @@ def draw_steps(axes: Axes, values: Tensor, ground: Ground) -> str:
     rows = torch.arange(high / 2, ground.image.shape[1], max(high, 1e-3))
     columns = torch.arange(wide / 2, ground.image.shape[2], max(wide, 1e-3))
     y, x = torch.meshgrid(rows, columns, indexing="ij")
-    axes.scatter(x.flatten().numpy(), y.flatten().numpy(), s=6, color="#b3001b")
+    size = min(6.0, (0.35 * min(high, wide)) ** 2)  # dots stay apart
+    axes.scatter(x.flatten().numpy(), y.flatten().numpy(), s=size, color="#b3001b")
     _to_image(axes, ground)
     return f"{values[0]:.2f} x {values[1]:.2f}"
 
