@@ -92,7 +92,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--quick", action="store_true", help="seconds instead of a minute")
     quick = parser.parse_args().quick
-    steps, shown = (12, 40) if quick else (300, 300)
+    steps, shown = (12, 40) if quick else (150, 150)
     data = load_digits()
     digits = torch.tensor(data.images, dtype=torch.float32)[:, None] / 16
     labels = torch.tensor(data.target)
@@ -136,7 +136,7 @@ def segment(quick: bool) -> None:
     """Ink against photograph, on scenes of digits of many sizes."""
     from dynaconv.data.digits import BACKGROUND, DigitScenes
 
-    count, epochs = (16, 1) if quick else (160, 3)
+    count, epochs = (8, 1) if quick else (96, 3)
     train, val = (DigitScenes(s, count, 48).in_memory() for s in ("train", "val"))
     print("a segmenter of ink, outputs resized back")
     for name, adaptive, price in (

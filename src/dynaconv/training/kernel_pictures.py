@@ -257,8 +257,8 @@ def draw_steps(axes: Axes, values: Tensor, ground: Ground) -> str:
     """values (2,): a dot at every step of so many positions of the layer's map."""
     high, wide = ground.pixels(values)
     show_image(frame(axes), ground.image, alpha=0.6)
-    rows = torch.arange(high / 2, ground.image.shape[1], max(high, 1e-3))
-    columns = torch.arange(wide / 2, ground.image.shape[2], max(wide, 1e-3))
+    rows = torch.arange(0.5, ground.image.shape[1], max(high, 1.0))
+    columns = torch.arange(0.5, ground.image.shape[2], max(wide, 1.0))
     y, x = torch.meshgrid(rows, columns, indexing="ij")
     size = min(6.0, (0.35 * min(high, wide)) ** 2)  # dots stay apart
     axes.scatter(x.flatten().numpy(), y.flatten().numpy(), s=size, color="#b3001b")
