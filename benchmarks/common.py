@@ -69,7 +69,8 @@ def compare(
     check(title, contenders, reference, tolerance)
     keep_freed_memory(True)
     lines = [Line(c.name) for c in contenders]
-    for step, column in ((Contender.forward, "forward"), (Contender.both, "both")):
+    steps = (lambda c: c.forward()), (lambda c: c.both())
+    for step, column in zip(steps, ("forward", "both"), strict=True):
         rounds(contenders, step, [getattr(line, column) for line in lines])
     for contender, line in zip(contenders, lines, strict=True):
         line.memory = peak(contender.forward), peak(contender.both)

@@ -1,6 +1,7 @@
 """Runs every benchmark, writes docs/benchmarks.md, and the short table of both READMEs from it.
 
 python benchmarks/run.py            # a quarter of an hour on two cores
+python benchmarks/run.py conv       # this section anew, the others from the file that is there
 python benchmarks/run.py --summary  # only the short table, from the file that is there
 """
 
@@ -21,7 +22,7 @@ SHOWN = (
     ("conv_mixture", "2-D, batch 32, 512 channels, size 7", "copied: batch in groups"),
     ("conv_per_position", "2-D, batch 8, 64 channels", "copied: unfold"),
     ("deform_conv", "2-D, batch 4, 64 channels", "torchvision"),
-    ("conv", "2-D, batch 1, 16 channels depthwise, size 224, kernel 112", "F.conv2d"),
+    ("conv", "2-D, batch 1, 16 channels depthwise, size 224, kernel 31", "F.conv2d"),
 )
 HEAD = (
     "| primitive | case | against | forward | with backward | peak memory |\n"
@@ -31,9 +32,12 @@ HEAD = (
 
 def main() -> None:
     if "--summary" not in sys.argv:
-        sections = [section(name) for name in SCRIPTS]
+        anew = sys.argv[1:] or SCRIPTS
+        sections = [section(name) if name in anew else kept(name) for name in SCRIPTS]
         PAGE.parent.mkdir(exist_ok=True)
-        PAGE.write_text("# Benchmarks\n\n" + "\n".join(sections), encoding="utf-8")
+        new = PAGE.with_suffix(".new")
+        new.write_text("# Benchmarks\n\n" + "\n".join(sections), encoding="utf-8")
+        new.replace(PAGE)
     table = HEAD + "".join(line(*shown) for shown in SHOWN)
     for path in READMES:
         text = path.read_text(encoding="utf-8")
@@ -47,6 +51,12 @@ def section(name: str) -> str:
     """What a script prints."""
     command = [sys.executable, str(Path(__file__).parent / f"{name}.py")]
     return subprocess.run(command, check=True, capture_output=True, text=True).stdout
+
+
+def kept(name: str) -> str:
+    """The section of a script as it stands on the page."""
+    text = PAGE.read_text(encoding="utf-8").split(f"## {name}\n")[1].split("\n## ")[0]
+    return f"## {name}\n{text.rstrip()}\n"
 
 
 def line(name: str, case: str, rival: str) -> str:

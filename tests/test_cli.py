@@ -173,6 +173,7 @@ def test_train_again_goes_on_or_says_why_not(folder, tmp_path):
         (["--where", "nothing"], "no convolution was converted"),
         (["--classes", "1"], "--classes"),
         (["--lr", "0"], "--lr"),
+        (["--size", "5"], "--size 5: give 16 or more, or 0 for whole images"),
         (["--lr", "1e30", "--epochs", "30"], "lower --lr"),
     ],
 )

@@ -142,7 +142,7 @@ def test_a_convolution_by_itself():
 
 
 def test_refusals():
-    with pytest.raises(ValueError, match="family 'nope' does not exist; there are .*condconv"):
+    with pytest.raises(ValueError, match=r"family 'nope' does not exist; there are .*condconv"):
         dynaconv.convert(Net(), to="nope")
     with pytest.raises(ValueError, match=r"no convolution was converted(.|\n)*not selected"):
         dynaconv.convert(Net(), to="odconv", where="nothing")

@@ -7,6 +7,7 @@ from dynaconv.convert import convert, select
 from dynaconv.dispatch import backend, explain
 from dynaconv.layers import *  # noqa: F403 - made by the registry
 from dynaconv.layers.adaptive_stride import collect_costs
+from dynaconv.layers.learned_stride import stride_cost
 from dynaconv.masked import MaskedSequential
 from dynaconv.masking import Padded, mask_from_sizes, pad_batch, unpad_batch
 from dynaconv.registry import families, register_family
@@ -30,6 +31,7 @@ __all__ = [
     "parameter_groups",
     "register_family",
     "select",
+    "stride_cost",
     "unpad_batch",
     *layers.__all__,
 ]

@@ -156,7 +156,8 @@ def train(
         int | None, Option(help="The mask value that means no class. Default: 255.", **IMAGES)
     ] = None,
     size: Annotated[
-        int | None, Option(min=16, help="Height and width of the crops. Default: 160.", **IMAGES)
+        int | None,
+        Option(min=0, help="Side of the crops, 0: whole images, padded. Default: 160.", **IMAGES),
     ] = None,
     widths: Annotated[
         str | None, Option(help="Channels from half size down. Default: 32,64,96,128.", **IMAGES)
@@ -198,6 +199,8 @@ def _train_images(folder: Path, classes: int | None, out: Path, options: dict[st
     if "widths" in options:
         options["widths"] = _numbers("--widths", options["widths"])
     config = Config(**{"classes": 2} | options)
+    if 0 < config.size < 16:
+        raise InputError(f"--size {config.size}: give 16 or more, or 0 for whole images")
     try:
         re.compile(config.where)
         build(config)
@@ -210,7 +213,7 @@ def _train_images(folder: Path, classes: int | None, out: Path, options: dict[st
         found = check_folder(folder, classes, config.ignore)
     config = replace(config, classes=found.classes)
     _say(f"{len(found.train)} train and {len(found.val)} val images, {found.classes} classes")
-    train = FolderData(found.train, config.ignore, config.size, config.seed)
+    train = FolderData(found.train, config.ignore, config.size or None, config.seed)
     held_out = FolderData(found.val, config.ignore)
     _train(config, out, "mIoU", lambda bars: fit(config, train, held_out, out, bars)[1])
 

@@ -9,9 +9,12 @@ import torch.nn.functional as F
 
 from dynaconv.data.digits import DigitScenes
 from dynaconv.data.errors import InputError
+from dynaconv.data.folder import FolderData, check_folder, collate_padded
+from dynaconv.testing import close
 from dynaconv.training.files import load_model
 from dynaconv.training.model import Config, build, dynamic_layers
-from dynaconv.training.task import fit, metric, pixel_loss
+from dynaconv.training.task import Segmentation, fit, metric, pixel_loss
+from tests.data.folders import make_folder, save_image, save_mask
 
 CONFIG = Config(layer="dyconv", widths=[4, 8], classes=11, epochs=3, batch=4, size=16)
 
@@ -176,6 +179,25 @@ def test_a_batch_without_a_class_has_loss_and_gradient_zero():
     loss.backward()
     assert loss == 0
     assert not logits.grad.any()
+
+
+def test_images_of_different_sizes_train_in_one_batch(tmp_path):
+    """Whole images, padded: the loss of a batch is that of its images taken one by one."""
+    root = make_folder(tmp_path / "data", train=3)
+    for i, scene in enumerate(DigitScenes("train", 3, 40)):
+        cut = (slice(0, 40 - 7 * i), slice(0, 16 + 9 * i))
+        save_image(root / "train" / "images" / f"{i}.png", scene.image[:, *cut])
+        save_mask(root / "train" / "masks" / f"{i}.png", scene.mask[cut] < 10)
+    data = FolderData(check_folder(root).train, 255)
+    config = replace(CONFIG, classes=2, size=0, batch=3, epochs=2)
+    model, _ = fit(config, data)
+    task = Segmentation(model, config, "")
+    items = [data[i] for i in range(3)]
+    batch = collate_padded(items, 255)
+    assert len({tuple(image.shape) for image, _ in items}) == 3
+    each = [task.loss(tuple(t[None] for t in item)) * item[1].numel() for item in items]
+    expected = sum(each) / sum(mask.numel() for _, mask in items)
+    close(task.loss(batch).double(), expected.double(), "loss", 1e-5)
 
 
 def test_metric_against_counting():

@@ -7,9 +7,10 @@ A mask is a PNG whose pixels are class indices; 255 (or `ignore`) means no class
 """
 
 import hashlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -18,6 +19,7 @@ from torch.utils.data import Dataset
 
 from dynaconv.data.errors import InputError
 from dynaconv.data.images import read_image, read_mask
+from dynaconv.masking import pad_batch
 
 IMAGES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff")
 MASKS = (".png",)
@@ -129,6 +131,26 @@ def _refuse(faults: list[str]) -> None:
         more = len(faults) - MOST_FAULTS
         rest = [f"... and {more} more"] if more > 0 else []
         raise InputError("\n".join(sorted(faults)[:MOST_FAULTS] + rest))
+
+
+class PaddedImages(NamedTuple):
+    """Images of different sizes in one batch.
+
+    `image` (N, 3, H, W), `mask` (N, H, W) long, `ignore` where there is no image, and
+    `padding_mask` (N, H, W) bool, True where there is one.
+    """
+
+    image: Tensor
+    mask: Tensor
+    padding_mask: Tensor
+
+
+def collate_padded(items: Sequence[tuple[Tensor, Tensor]], ignore: int) -> PaddedImages:
+    """A batch from (image (3, H, W), mask (H, W)) of any sizes, filled up at the ends."""
+    images, masks = zip(*items, strict=True)
+    image, padding_mask = pad_batch(images)
+    mask, _ = pad_batch([m.unsqueeze(0) for m in masks], value=ignore)
+    return PaddedImages(image, mask.squeeze(1), padding_mask)  # type: ignore[arg-type]
 
 
 class FolderData(Dataset[tuple[Tensor, Tensor]]):

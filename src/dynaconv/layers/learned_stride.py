@@ -7,14 +7,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dynaconv.functional import spectral_resize
+from dynaconv.functional import conv, spectral_resize
 from dynaconv.functional.spectral_resize import resized_shape
 from dynaconv.layers.base import ConvNd, DynamicConv, at_least, positive
 from dynaconv.masking import mask_from_sizes, sizes_from_mask
 from dynaconv.registry import register_family
 from dynaconv.shapes import Geometry
-
-CONVOLVE = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
 
 
 @register_family("learned_stride", primitive="spectral_resize", paper="Riad et al., ICLR 2022")
@@ -137,7 +135,7 @@ class LearnedStrideConv(DynamicConv):
 
     def compute(self, x: Tensor, mask: Tensor | None) -> Tensor:
         x, padding = self.pad(x)
-        y = CONVOLVE[self.rank](x, self.weight, self.bias, 1, padding, self.dilation, self.groups)
+        y = conv(x, self.weight, self.bias, 1, padding, self.dilation, self.groups)
         return self.resize(y) if mask is None else self.resize_each(y, mask)
 
     def resize(self, y: Tensor) -> Tensor:

@@ -7,13 +7,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dynaconv.functional import conv_per_position
+from dynaconv.functional import conv, conv_per_position
 from dynaconv.layers.base import ConvNd, DynamicConv, at_least, conv_nd
 from dynaconv.layers.centres import at_centres
 from dynaconv.registry import register_family
 from dynaconv.shapes import Geometry, Padding, resolve_padding
-
-CONV = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
 
 
 class _Light(DynamicConv):
@@ -203,7 +201,7 @@ class LightConv(_Light):
             return self.per_position(x, weight, geometry.padding)
         kernel = self.taps().repeat_interleave(self.out_channels // self.heads, 0)
         stride, dilation, groups = self.stride, self.dilation, self.out_channels
-        return CONV[self.rank](x, kernel, self.bias, stride, padding, dilation, groups)
+        return conv(x, kernel, self.bias, stride, padding, dilation, groups)
 
     def _at_each(self, batch: int, size: tuple[int, ...]) -> Tensor:
         """w for each position: (N, heads, *K, *L_out)."""

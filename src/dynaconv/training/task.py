@@ -2,9 +2,10 @@
 
 import logging
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -21,6 +22,7 @@ from torchmetrics.classification import MulticlassJaccardIndex
 
 from dynaconv.anneal import anneal, parameter_groups
 from dynaconv.data.errors import InputError
+from dynaconv.data.folder import PaddedImages, collate_padded
 from dynaconv.training.files import read_checkpoint, save_checkpoint, save_model
 from dynaconv.training.model import Config, RunConfig, build, normalise
 from dynaconv.training.unet import UNet
@@ -45,7 +47,8 @@ def fit(
     """
     task = Segmentation(build(config), config, fingerprint(train))
     held_out = None if val is None else DataLoader(val, batch_size=1)
-    return task.model, train_task(task, _loader(train, config), held_out, out, callbacks)
+    collate = None if config.size else partial(collate_padded, ignore=config.ignore)
+    return task.model, train_task(task, _loader(train, config, collate), held_out, out, callbacks)
 
 
 def train_task(
@@ -197,13 +200,19 @@ class Segmentation(Task):
         self.register_buffer("class_weight", weight, persistent=False)
 
     def loss(self, batch: tuple[Tensor, ...]) -> Tensor:
-        image, mask, *sizes = batch
-        logits = self.model(normalise(image))
+        logits, mask, sizes = self._logits(batch)
         return pixel_loss(logits, mask, self.class_weight, self.config.ignore, *sizes)
 
     def judge(self, batch: tuple[Tensor, ...]) -> None:
-        image, mask = batch[:2]
-        self.score.update(self.model(normalise(image)).argmax(1), mask)
+        logits, mask, _ = self._logits(batch)
+        self.score.update(logits.argmax(1), mask)
+
+    def _logits(self, batch: tuple[Tensor, ...]) -> tuple[Tensor, Tensor, tuple[Tensor, ...]]:
+        """Logits, mask, and what else the batch holds, from PaddedImages or (image, mask, ...)."""
+        image, mask, *rest = batch
+        if isinstance(batch, PaddedImages):
+            return self.model(normalise(image), batch.padding_mask), mask, ()
+        return self.model(normalise(image)), mask, tuple(rest)
 
 
 def pixel_loss(
@@ -283,10 +292,11 @@ def _saver(out: Path) -> ModelCheckpoint:
     )
 
 
-def _loader(data: Dataset, config: Config) -> DataLoader:
+def _loader(data: Dataset, config: Config, collate: Callable | None) -> DataLoader:
     """Batches in an order that depends on seed and epoch alone, so that a resumed run matches."""
     order: DistributedSampler = DistributedSampler(data, num_replicas=1, rank=0, seed=config.seed)
-    return DataLoader(data, config.batch, sampler=order, drop_last=len(order) > config.batch)
+    last = len(order) > config.batch
+    return DataLoader(data, config.batch, sampler=order, drop_last=last, collate_fn=collate)
 
 
 @contextmanager
