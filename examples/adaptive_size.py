@@ -30,11 +30,10 @@ def shown(digits: Tensor) -> tuple[Tensor, Tensor]:
     return images, widths
 
 
-def network(field: str | None) -> nn.Sequential:
+def network(field: str | None, taps: int) -> nn.Sequential:
     torch.manual_seed(0)
     layers: list[nn.Module] = []
     for inputs, outputs, stride in ((1, 12, 1), (12, 16, 2), (16, 24, 2)):
-        taps = 5 if field == "mask" else 3
         if field is None:
             conv = nn.Conv2d(inputs, outputs, taps, stride, taps // 2)
         else:
@@ -78,21 +77,22 @@ def main() -> None:
     labels = torch.tensor(data.target)
     torch.manual_seed(2)
     images, widths = shown(digits[1400:])
-    for field in (None, "dilation", "mask"):
-        model = network(field)
+    for field, taps in ((None, 3), (None, 5), ("dilation", 3), ("mask", 5)):
+        model = network(field, taps)
         train(model, digits[:1400], labels[:1400], steps)
         model.eval()
         with torch.no_grad():
             right = 100 * (model(images).argmax(1) == labels[1400:]).float().mean().item()
             found = sizes(model, images)
-        print(f"{field or 'static'}: {right:.1f}% of the digits")
+        print(f"{field or 'static'}, {taps}x{taps}: {right:.1f}% of the digits")
         for i, size in enumerate(found):
             small, large = size[widths < 16].mean(), size[widths > 24].mean()
-            related = torch.corrcoef(torch.stack([widths.float(), size]))[0, 1]
-            print(
-                f"  layer {i + 1}: kernel {small:.2f} positions on digits below 16 px, "
-                f"{large:.2f} above 24 px; correlation with the width {related:+.2f}"
-            )
+            line = f"  layer {i + 1}: kernel {small:.2f} positions on digits below 16 px, "
+            line += f"{large:.2f} above 24 px"
+            if size.std() > 1e-3:
+                related = torch.corrcoef(torch.stack([widths.float(), size]))[0, 1]
+                line += f"; correlation with the width {related:+.2f}"
+            print(line)
 
 
 if __name__ == "__main__":
