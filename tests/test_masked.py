@@ -178,3 +178,11 @@ def test_each_size_of_an_empty_batch():
     output, kept = each_size(nn.MaxPool1d(2), x, mask)
     assert output.shape == (0, 4, 4)
     assert kept.shape == (0, 4)
+
+
+def test_each_size_leaves_out_samples_without_a_position():
+    x, mask = torch.randn(3, 4, 9), mask_from_sizes([4, 0, 9], (9,))
+    output, kept = each_size(nn.MaxPool1d(2), x, mask)
+    assert kept.sum(1).tolist() == [2, 0, 4]
+    assert not output[1].any()
+    assert torch.equal(output[2:], nn.MaxPool1d(2)(x[2:]))

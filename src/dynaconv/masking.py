@@ -41,7 +41,8 @@ def pad_batch(samples: Sequence[Tensor], value: float = 0, multiple: int = 1) ->
         raise ValueError(f"pad_batch: samples differ in more than size: {given}; give (C, *L)")
     sizes = torch.tensor([s.shape[1:] for s in samples], device=first.device)
     shape = [-(-n // multiple) * multiple for n in sizes.amax(0).tolist()]
-    return Padded(_stack(samples, shape, value), mask_from_sizes(sizes, shape))
+    filled = torch.stack([fill_up(s, shape, value) for s in samples])
+    return Padded(filled, mask_from_sizes(sizes, shape))
 
 
 def unpad_batch(data: Tensor, mask: Tensor | None) -> list[Tensor]:
@@ -62,29 +63,31 @@ def each_size(function: Callable[[Tensor], Tensor], x: Tensor, mask: Tensor) -> 
     """`function` on x (N, C, *L) as if each sample came alone, at its own size.
 
     Samples of one size go together, (n, C, *size), so `function` is called once a size; its
-    outputs (n, C_out, *size_out) come back as one padded batch.
+    outputs (n, C_out, *size_out) come back as one padded batch. A sample without a real position
+    has none in the output; at least one sample must have some.
     """
     if not x.shape[0]:
         data = function(x)
         return Padded(data, mask.new_ones(0, *data.shape[2:]))
     sizes, inverse = sizes_from_mask(mask).unique(dim=0, return_inverse=True)
     groups = [(inverse == i).nonzero().flatten() for i in range(sizes.shape[0])]
-    outputs = [
-        function(crop(x[index], size)) for index, size in zip(groups, sizes.tolist(), strict=True)
+    real = [
+        function(crop(x[i], n)) if all(n) else None
+        for i, n in zip(groups, sizes.tolist(), strict=True)
     ]
+    channels = next(o.shape[1] for o in real if o is not None)
+    empty = lambda index: x.new_zeros(index.shape[0], channels, *[0] * sizes.shape[1])
+    outputs = [empty(i) if o is None else o for i, o in zip(groups, real, strict=True)]
     given = torch.tensor([o.shape[2:] for o in outputs], device=x.device)
     shape = given.amax(0).tolist()
-    together = torch.cat([_stack([o], shape, 0)[0] for o in outputs])
+    together = torch.cat([fill_up(o, shape) for o in outputs])
     return Padded(together[torch.cat(groups).argsort()], mask_from_sizes(given[inverse], shape))
 
 
-def _stack(samples: Sequence[Tensor], shape: Sequence[int], value: float) -> Tensor:
-    """Samples filled up to `shape` with `value` and stacked."""
-    filled = []
-    for sample in samples:
-        ends = [n - m for n, m in zip(shape, sample.shape[-len(shape) :], strict=True)]
-        filled.append(F.pad(sample, [w for end in reversed(ends) for w in (0, end)], value=value))
-    return torch.stack(filled)
+def fill_up(x: Tensor, shape: Sequence[int], value: float = 0) -> Tensor:
+    """x (..., *L) with `value` after it, up to the spatial shape `shape`."""
+    ends = [n - m for n, m in zip(shape, x.shape[-len(shape) :], strict=True)]
+    return F.pad(x, [w for end in reversed(ends) for w in (0, end)], value=value)
 
 
 def mask_from_sizes(sizes: Tensor | Sequence, shape: Sequence[int]) -> Tensor:

@@ -17,14 +17,12 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from dynaconv.data.errors import InputError
+from dynaconv.data.errors import InputError, refuse
 from dynaconv.data.images import read_image, read_mask
 from dynaconv.masking import pad_batch
 
 IMAGES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff")
 MASKS = (".png",)
-# A folder with hundreds of faults is told with the first few.
-MOST_FAULTS = 20
 
 Pair = tuple[Path, Path]
 
@@ -54,16 +52,16 @@ def check_folder(root: Path | str, classes: int | None = None, ignore: int = 255
         raise InputError(f"{root}: no such folder")
     faults: list[str] = []
     train, val = (_pairs(root / split, faults) for split in ("train", "val"))
-    _refuse(faults)
+    refuse(sorted(faults))
     seen_train, seen_val = _classes_of(train, faults), _classes_of(val, faults)
-    _refuse(faults)
+    refuse(sorted(faults))
     if classes is None:
         classes = _count_classes(root / "train" / "masks", seen_train, ignore)
     for value, mask in [*sorted(seen_train.items()), *sorted(seen_val.items())]:
         if value != ignore and not 0 <= value < classes:
             known = f"known are 0 to {classes - 1}, and {ignore} for none"
             faults.append(f"{mask}: unknown class {value}; {known}")
-    _refuse(faults)
+    refuse(sorted(faults))
     return Folder(train, val, classes)
 
 
@@ -124,13 +122,6 @@ def _count_classes(masks: Path, seen: Iterable[int], ignore: int) -> int:
             "number the classes from 0, at least two of them"
         )
     return count
-
-
-def _refuse(faults: list[str]) -> None:
-    if faults:
-        more = len(faults) - MOST_FAULTS
-        rest = [f"... and {more} more"] if more > 0 else []
-        raise InputError("\n".join(sorted(faults)[:MOST_FAULTS] + rest))
 
 
 class PaddedImages(NamedTuple):

@@ -13,7 +13,7 @@ import io
 import json
 import re
 import unicodedata
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
@@ -22,11 +22,9 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset, DistributedSampler, Sampler
 
-from dynaconv.data.errors import InputError
+from dynaconv.data.errors import InputError, refuse
 from dynaconv.masking import pad_batch
 
-# A file with hundreds of faults is told with the first few.
-MOST_FAULTS = 20
 # One in so many different texts of a label validates, where there is no file for that.
 ONE_IN = 10
 # Texts of this many batches are put in order of length at a time.
@@ -88,7 +86,7 @@ def check_texts(path: Path | str, val: Path | str | None = None) -> TextSet:
     if not len(held_out):
         raise InputError(f"{path}: has too few texts to keep some for validation; give --val")
     known, characters = set(train.labels), "".join(sorted(set().union(*train.texts)))
-    _refuse(
+    refuse(
         f"{place}: unknown label {label!r}; in training there are {_some(known)}"
         for place, label in zip(held_out.places, held_out.labels, strict=True)
         if label not in known
@@ -143,7 +141,7 @@ def read_texts(path: Path | str, labelled: bool = True) -> Texts:
         found.texts.append(normal(str(values[0])))
         found.labels.append(str(values[1]) if labelled else "")
         found.places.append(place)
-    _refuse(faults)
+    refuse(faults)
     if not len(found):
         raise InputError(f"{path}: has no texts")
     return found
@@ -180,7 +178,7 @@ def _decoded(path: Path) -> str:
     try:
         return content.decode()
     except UnicodeDecodeError:
-        _refuse(_undecodable(path, content))
+        refuse(_undecodable(path, content))
         raise
 
 
@@ -258,14 +256,6 @@ def _some(labels: set[str], most: int = 10) -> str:
     """Labels for a message."""
     shown = ", ".join(map(repr, sorted(labels)[:most]))
     return shown if len(labels) <= most else f"{shown} and {len(labels) - most} more"
-
-
-def _refuse(faults: Iterable[str]) -> None:
-    told = list(faults)
-    if told:
-        more = len(told) - MOST_FAULTS
-        rest = [f"... and {more} more"] if more > 0 else []
-        raise InputError("\n".join(told[:MOST_FAULTS] + rest))
 
 
 class TextData(Dataset[tuple[Tensor, int]]):

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from dynaconv.functional import deform_conv
 from dynaconv.layers.attention import Squeeze
 from dynaconv.layers.base import ConvNd, DynamicConv, at_least, conv_nd, positive, without_autocast
-from dynaconv.masking import sizes_from_mask
+from dynaconv.masking import each_size, fill_up
 from dynaconv.registry import register_family
 from dynaconv.shapes import same_padding
 
@@ -309,13 +309,9 @@ class FreqSelect(nn.Module):
             return x
         if mask is None:
             return self.reweighted(x)
-        output, sizes = torch.zeros_like(x), sizes_from_mask(mask)
-        for size in sizes.unique(dim=0):
-            if size.all():
-                alike = (sizes == size).all(1).nonzero().flatten()
-                block = (alike, slice(None), *(slice(length) for length in size.tolist()))
-                output[block] = self.reweighted(x[block])
-        return output
+        if not mask.any():
+            return torch.zeros_like(x)
+        return fill_up(each_size(self.reweighted, x, mask).data, x.shape[2:])
 
     def reweighted(self, x: Tensor) -> Tensor:
         """x', all of x being real."""

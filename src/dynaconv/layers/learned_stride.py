@@ -4,13 +4,12 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dynaconv.functional import conv, spectral_resize
 from dynaconv.functional.spectral_resize import resized_shape
 from dynaconv.layers.base import ConvNd, DynamicConv, at_least, positive
-from dynaconv.masking import mask_from_sizes, sizes_from_mask
+from dynaconv.masking import each_size, fill_up, mask_from_sizes, sizes_from_mask
 from dynaconv.registry import register_family
 from dynaconv.shapes import Geometry
 
@@ -146,16 +145,10 @@ class LearnedStrideConv(DynamicConv):
     def resize_each(self, y: Tensor, mask: Tensor) -> Tensor:
         """Each sample's real part at the learned stride, samples of one size together."""
         shape = self.output_mask(mask).shape[1:]
-        sizes = sizes_from_mask(super().output_mask(mask))
-        output = y.new_zeros(*y.shape[:2], *shape)
-        for size in sizes.unique(dim=0):
-            index = (sizes == size).all(1).nonzero().squeeze(1)
-            part = y[index]
-            for d, length in enumerate(size.tolist()):
-                part = part.narrow(2 + d, 0, length)
-            if part.numel():
-                output = output.index_add(0, index, _padded(self.resize(part), shape))
-        return output
+        dense = super().output_mask(mask)
+        if not dense.any():
+            return y.new_zeros(*y.shape[:2], *shape)
+        return fill_up(each_size(self.resize, y, dense).data, shape)
 
     def output_mask(self, padding_mask: Tensor) -> Tensor:
         """The padding mask (N, *L_out) of the output, at least as large as the full size gives."""
@@ -237,9 +230,3 @@ def stride_cost(model: nn.Module) -> Tensor:
 def _straight_through(value: Tensor, replaced: Tensor) -> Tensor:
     """`replaced`, exactly, with the gradient of `value`."""
     return replaced.detach() + (value - value.detach())
-
-
-def _padded(x: Tensor, shape: Sequence[int]) -> Tensor:
-    """x (N, C, *L) with zeros after it, up to spatial shape `shape`."""
-    after = [length - own for length, own in zip(shape, x.shape[2:], strict=True)]
-    return F.pad(x, [w for width in reversed(after) for w in (0, width)])

@@ -64,6 +64,11 @@ def capture(model: UNet, image: Tensor) -> dict[str, Kernels]:
 
 def draw_kernels(model: UNet, image: Tensor, most: int = 4) -> Figure:
     """The image (3, H, W), and for up to `most` layers a column with a panel for each quantity."""
+    return _draw(model, image, most)[0]
+
+
+def _draw(model: UNet, image: Tensor, most: int) -> tuple[Figure, Kernels]:
+    """The figure of `draw_kernels`, and what the first layer made."""
     both = look(
         model, lambda layer, x: (kernels(layer, *x), x[0].shape[-2:]), normalise(image)[None]
     )
@@ -85,15 +90,14 @@ def draw_kernels(model: UNet, image: Tensor, most: int = 4) -> Figure:
             values = found[name][key][0].float()
             said = drawer(key, values, ground)(cell, values, ground)
             cell.set_title(f"{name}\n{key}: {said}" if row == 0 else f"{key}: {said}")
-    return figure
+    return figure, next(iter(found.values()))
 
 
 def draw_with_captions(model: UNet, image: Tensor, most: int = 4) -> Figure:
     """`draw_kernels` with an explanation under it."""
-    figure = draw_kernels(model, image, most)
+    figure, first = _draw(model, image, most)
     width = int(figure.get_figwidth() * 14)
-    kernels = next(iter(capture(model, image).values()))
-    lines = [textwrap.fill(text, width) for text in captions(kernels)]
+    lines = [textwrap.fill(text, width) for text in captions(first)]
     figure.supxlabel("\n".join(lines), fontsize=9, x=0.02, ha="left")
     return figure
 
