@@ -11,7 +11,7 @@ from torch.nn.modules.conv import _ConvTransposeNd
 from torch.nn.parameter import is_lazy
 from torch.nn.utils import parametrize
 
-from dynaconv.layers.base import CONVS, ConvNd, DynamicConv
+from dynaconv.layers.base import ConvNd, DynamicConv
 from dynaconv.registry import Family, family
 from dynaconv.shapes import IntOrTuple, ntuple
 
@@ -55,7 +55,7 @@ def convert(
     exact: bool = True,
     **options: Any,
 ) -> Conversion:
-    """Replaces nn.Conv1d/2d/3d in `model` by layers of a family.
+    """Replaces nn.Conv1d/2d/3d (and transposed ones) in `model` by layers of a family.
 
         model, report = dynaconv.convert(model, to="odconv", where=r"layer[34]")
 
@@ -149,18 +149,20 @@ def _convolutions(model: nn.Module) -> Iterator[tuple[str, ConvNd]]:
 
 def _reason_against(module: ConvNd, target: Family) -> str | None:
     """Why this convolution cannot be replaced whatever the family's options, or None."""
-    if isinstance(module, _ConvTransposeNd):
-        return f"{target.name} has no transposed form"
-    rank = next(rank for rank, conv in CONVS.items() if isinstance(module, conv))
-    if rank not in target.classes:
-        return f"{target.name} exists in {target.ranks} dimensions"
-    base = CONVS[rank]
-    kind = type(module)
-    own = [f for f in ("forward", "_conv_forward") if getattr(kind, f) is not getattr(base, f)]
-    if own:
-        return f"{kind.__name__} has a {own[0]} of its own"
     if any(is_lazy(p) for p in module.parameters()):
         return "its lazy parameters have no shape yet; run the model once"
+    rank = module.weight.dim() - 2
+    if rank not in target.classes:
+        return f"{target.name} exists in {target.ranks} dimensions"
+    cls = _class_for(module, target)
+    if cls is None:
+        form = "transposed" if isinstance(module, _ConvTransposeNd) else "plain"
+        return f"{target.name} has no {form} form"
+    base, kind = cls.static[rank], type(module)
+    methods = [f for f in ("forward", "_conv_forward") if hasattr(base, f)]
+    own = [f for f in methods if getattr(kind, f) is not getattr(base, f)]
+    if own:
+        return f"{kind.__name__} has a {own[0]} of its own"
     if parametrize.is_parametrized(module):
         return "its weight is parametrized"
     if any(getattr(module, hooks) for hooks in HOOKS):
@@ -168,9 +170,15 @@ def _reason_against(module: ConvNd, target: Family) -> str | None:
     return None
 
 
+def _class_for(module: ConvNd, target: Family) -> type[DynamicConv] | None:
+    """The family's class that stands in for this kind of convolution, if it has one."""
+    kinds = (cls for cls in target.all_classes if isinstance(module, cls.static[cls.rank]))
+    return next(kinds, None)
+
+
 def _replacement(conv: ConvNd, target: Family, exact: bool, options: dict[str, Any]) -> DynamicConv:
-    rank = next(rank for rank, kind in CONVS.items() if isinstance(conv, kind))
-    cls = target.classes[rank]
+    cls = _class_for(conv, target)
+    assert cls is not None
     try:
         return cls.from_conv(conv, **options)
     except ValueError:

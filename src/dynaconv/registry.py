@@ -24,14 +24,25 @@ class Family:
     paper: str
     summary: str
     classes: dict[int, type["DynamicConv"]]
+    transposed: dict[int, type["DynamicConv"]]
 
     @property
     def ranks(self) -> tuple[int, ...]:
         return tuple(self.classes)
 
+    @property
+    def all_classes(self) -> tuple[type["DynamicConv"], ...]:
+        """Those of every rank, the transposed ones after the plain ones."""
+        return (*self.classes.values(), *self.transposed.values())
+
 
 def register_family(
-    name: str, *, primitive: str, paper: str, ranks: tuple[int, ...] = (1, 2, 3)
+    name: str,
+    *,
+    primitive: str,
+    paper: str,
+    ranks: tuple[int, ...] = (1, 2, 3),
+    transposed: bool = False,
 ) -> Callable[[type["DynamicConv"]], type["DynamicConv"]]:
     """Class decorator: makes Name1d, Name2d, Name3d beside the class, and enrols the family.
 
@@ -40,6 +51,8 @@ def register_family(
         primitive: the function of `dynaconv.functional` that it computes with.
         paper: authors, venue and year.
         ranks: the dimensions in which the family exists.
+        transposed: whether NameTranspose1d, 2d, 3d are made too; the family then convolves by
+            `convolve_mixture`, `convolve_samples` or `convolve_deformed`.
     """
 
     def enrol(cls: type["DynamicConv"]) -> type["DynamicConv"]:
@@ -47,21 +60,31 @@ def register_family(
             raise ValueError(f"family {name!r} is registered already, by {_families[name]}")
         cls.family = name
         classes = {rank: _at_rank(cls, rank) for rank in ranks}
+        enlarging = {rank: _transposed(cls, rank) for rank in ranks} if transposed else {}
         summary = (inspect.getdoc(cls) or "").split("\n")[0]
-        _families[name] = Family(name, primitive, paper, summary, classes)
+        _families[name] = Family(name, primitive, paper, summary, classes, enlarging)
         return cls
 
     return enrol
 
 
-def _at_rank(cls: type["DynamicConv"], rank: int) -> type["DynamicConv"]:
+def _at_rank(
+    cls: type["DynamicConv"], rank: int, form: str = "", *bases: type["DynamicConv"]
+) -> type["DynamicConv"]:
     """cls with its number of dimensions fixed, placed in the module of cls."""
-    name = f"{cls.__name__}{rank}d"
-    doc = f"{rank}-D :class:`{cls.__name__}`.\n\n{inspect.getdoc(cls) or ''}"
+    name = f"{cls.__name__}{form}{rank}d"
+    doc = f"{rank}-D :class:`{cls.__name__}`{form and ', transposed'}.\n\n"
+    doc += inspect.getdoc(cls) or ""
     body = {"rank": rank, "__doc__": doc, "__module__": cls.__module__, "__qualname__": name}
-    made = type(name, (cls,), body)
+    made = type(name, (*bases, cls), body)
     setattr(sys.modules[cls.__module__], name, made)
     return made
+
+
+def _transposed(cls: type["DynamicConv"], rank: int) -> type["DynamicConv"]:
+    from dynaconv.layers.transposed import Transposed
+
+    return _at_rank(cls, rank, "Transpose", Transposed)
 
 
 def families() -> dict[str, Family]:

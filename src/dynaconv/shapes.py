@@ -28,6 +28,16 @@ class Geometry(NamedTuple):
         )
 
 
+def enlarged_size(
+    size: Sequence[int], geometry: Geometry, output_padding: Sequence[int]
+) -> tuple[int, ...]:
+    """Spatial shape of a transposed convolution's output for an input of spatial shape `size`."""
+    return tuple(
+        (length - 1) * s - 2 * p + d * (k - 1) + extra + 1
+        for length, k, s, p, d, extra in zip(size, *geometry, output_padding, strict=True)
+    )
+
+
 def ntuple(value: IntOrTuple, rank: int, name: str, minimum: int = 1) -> tuple[int, ...]:
     """`value` once a dimension: 3 -> (3, 3) at rank 2. ValueError names `name`."""
     values = tuple(value) if isinstance(value, Sequence) else (value,) * rank

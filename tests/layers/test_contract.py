@@ -4,18 +4,18 @@ import pytest
 import torch
 
 from dynaconv.registry import families
-from dynaconv.testing import CHECKS
+from dynaconv.testing import checks
 
 CASES = [
-    pytest.param(cls, arguments, id=f"{cls.__name__}-{i}")
+    pytest.param(cls, arguments, check, id=f"{cls.__name__}-{i}-{check.__name__[6:]}")
     for family in families().values()
-    for rank, cls in family.classes.items()
-    for i, arguments in enumerate(cls.samples(rank))
+    for cls in family.all_classes
+    for i, arguments in enumerate(cls.samples(cls.rank))
+    for check in checks(arguments)
 ]
 
 
-@pytest.mark.parametrize("check", CHECKS, ids=lambda c: c.__name__.removeprefix("check_"))
-@pytest.mark.parametrize(("cls", "arguments"), CASES)
+@pytest.mark.parametrize(("cls", "arguments", "check"), CASES)
 def test_contract(cls, arguments, check):
     torch.manual_seed(0)
     check(cls, arguments)

@@ -181,7 +181,7 @@ def test_steps_give_what_forward_gives(cls, options, length):
     for t in range(length):
         output, state = layer.step(x[..., t], state)
         outputs.append(output)
-        assert state.shape == (3, layer.out_channels, min(t + 1, layer.past + 1))
+        assert state.window.shape == (3, layer.in_channels, min(t + 1, layer.past + 1))
     close(torch.stack(outputs, 2), layer(x), f"{cls.__name__}, step by step")
 
 

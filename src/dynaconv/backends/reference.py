@@ -4,6 +4,7 @@ No custom operator, so compile, export, ONNX, vmap, forward mode and double back
 Letters: N batch, C channels, G groups, E experts, K kernel shape, L spatial shape.
 """
 
+from collections.abc import Iterator
 from itertools import product
 from math import prod
 
@@ -12,7 +13,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dynaconv.dispatch import Backend, Problem, register_backend
-from dynaconv.shapes import Geometry
+from dynaconv.shapes import Geometry, enlarged_size
+
+CONV_TRANSPOSES = {1: F.conv_transpose1d, 2: F.conv_transpose2d, 3: F.conv_transpose3d}
 
 
 def conv(
@@ -95,6 +98,70 @@ def deform_conv(
     return output.unflatten(2, size)
 
 
+def conv_transpose_per_sample(
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    geometry: Geometry,
+    size: tuple[int, ...],
+    groups: int,
+) -> Tensor:
+    """All samples as groups of one transposed convolution; `size` is the output's."""
+    rank, batch = len(size), input.shape[0]
+    plain = enlarged_size(input.shape[2:], geometry, (0,) * rank)
+    extra = [out - whole for out, whole in zip(size, plain, strict=True)]
+    if not batch:
+        return (input.sum() + weight.sum()) * input.new_ones(0, weight.shape[2] * groups, *size)
+    output = CONV_TRANSPOSES[rank](
+        input.flatten(0, 1).unsqueeze(0),
+        weight.flatten(0, 1),
+        None if bias is None else bias.flatten(),
+        geometry.stride,
+        geometry.padding,
+        extra,
+        batch * groups,
+        geometry.dilation,
+    )
+    return output.squeeze(0).unflatten(0, (batch, -1))
+
+
+def deform_conv_transpose(
+    input: Tensor,
+    offset: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    modulation: Tensor | None,
+    geometry: Geometry,
+    size: tuple[int, ...],
+    groups: int,
+) -> Tensor:
+    """y[n, o, q] = b[o] + sum_{c, k, p} weight[c, o, k] modulation[k, p] x[c, p] hat(q - position).
+
+    The positions are those that deform_conv reads, in the output.
+    """
+    rank, taps = len(size), prod(geometry.kernel)
+    kernel = weight.flatten(2).unflatten(0, (groups, -1))
+    values = torch.einsum("gcok,ngcp->ngokp", kernel, input.flatten(2).unflatten(1, (groups, -1)))
+    shifts = offset.unflatten(1, (-1, taps, rank)).flatten(4)
+    values = values.flatten(1, 2).unflatten(1, (shifts.shape[1], -1))
+    if modulation is not None:
+        values = values * modulation.flatten(2).unflatten(1, (shifts.shape[1], 1, taps))
+    starts = tap_positions(geometry, input.shape[2:], offset.device, offset.dtype)
+    positions = [
+        (shifts[:, :, :, d] + start.expand(taps, *input.shape[2:]).flatten(1)).flatten(2)
+        for d, start in enumerate(starts)
+    ]
+    values = values.flatten(3)
+    output = values.new_zeros(*values.shape[:3], prod(size))
+    for index, share in corners(positions, size):
+        where = index.unsqueeze(2).expand_as(values)
+        output = output.scatter_add(3, where, values * share.unsqueeze(2).to(values.dtype))
+    output = output.flatten(1, 2)
+    if bias is not None:
+        output = output + bias.unsqueeze(-1)
+    return output.unflatten(2, size)
+
+
 def windows(input: Tensor, geometry: Geometry) -> tuple[Tensor, tuple[int, ...]]:
     """What the kernel sees at every output position: a view (N, C, *K, *L_out), and L_out."""
     rank = len(geometry.kernel)
@@ -128,10 +195,21 @@ def interpolate(input: Tensor, positions: list[Tensor]) -> Tensor:
 
     positions: one (N, G, *S) tensor a dimension. Returns (N, G, C, *S).
     """
-    length, shape = input.shape[3:], positions[0].shape[2:]
-    flat = input.flatten(3)
-    lower = [p.detach().floor() for p in positions]
+    flat, shape = input.flatten(3), positions[0].shape[2:]
     output: Tensor | float = 0.0
+    for index, share in corners(positions, tuple(input.shape[3:])):
+        gather = index.flatten(2).unsqueeze(2).expand(-1, -1, flat.shape[2], -1)
+        value = flat.gather(3, gather).unflatten(3, shape)
+        output = output + value * share.unsqueeze(2).to(value.dtype)
+    return output  # type: ignore[return-value]
+
+
+def corners(positions: list[Tensor], length: tuple[int, ...]) -> Iterator[tuple[Tensor, Tensor]]:
+    """The 2^D points around real positions: each one's index in the flat grid, and its share.
+
+    positions: one tensor a dimension, in a grid of spatial shape `length`. Shares are 0 outside.
+    """
+    lower = [p.detach().floor() for p in positions]
     for corner in product((0, 1), repeat=len(length)):
         index: Tensor | int = 0
         factor: Tensor | float = 1.0
@@ -142,10 +220,7 @@ def interpolate(input: Tensor, positions: list[Tensor]) -> Tensor:
             share = torch.where(outside, 0.0, share if upper else 1 - share)
             point = torch.where(point == point, point, 0).clamp(0, length[d] - 1).long()
             factor, index = factor * share, index * length[d] + point
-        gather = index.flatten(2).unsqueeze(2).expand(-1, -1, flat.shape[2], -1)  # type: ignore[union-attr]
-        value = flat.gather(3, gather).unflatten(3, shape)
-        output = output + value * factor.unsqueeze(2).to(value.dtype)  # type: ignore[union-attr]
-    return output  # type: ignore[return-value]
+        yield index, factor  # type: ignore[misc]
 
 
 def supports(problem: Problem) -> str | None:
@@ -153,5 +228,8 @@ def supports(problem: Problem) -> str | None:
     return None
 
 
-FUNCTIONS = (conv, conv_per_sample, conv_mixture, conv_per_position, deform_conv)
+FUNCTIONS = (
+    *(conv, conv_per_sample, conv_mixture, conv_per_position, deform_conv),
+    *(conv_transpose_per_sample, deform_conv_transpose),
+)
 register_backend(Backend("reference", supports, {f.__name__: f for f in FUNCTIONS}))

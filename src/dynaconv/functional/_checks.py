@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from dynaconv.shapes import Geometry
+from dynaconv.shapes import Geometry, IntOrTuple, enlarged_size, ntuple
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
@@ -70,6 +70,26 @@ def check_output(name: str, size: tuple[int, ...], geometry: Geometry) -> tuple[
                 f"{name}: a kernel of {k} taps, dilation {d}, spans {d * (k - 1) + 1} positions, "
                 f"more than the padded input's {length + 2 * p}; give padding or a larger input"
             )
+    return output
+
+
+def check_enlarged(
+    name: str, size: tuple[int, ...], geometry: Geometry, output_padding: IntOrTuple
+) -> tuple[int, ...]:
+    """The spatial shape of a transposed convolution's output, refused where it is empty."""
+    extra = ntuple(output_padding, len(size), "output_padding", minimum=0)
+    for e, s, d in zip(extra, geometry.stride, geometry.dilation, strict=True):
+        if e >= max(s, d):
+            raise ValueError(
+                f"{name}: output_padding={output_padding} must be below stride {geometry.stride} "
+                f"or dilation {geometry.dilation}"
+            )
+    output = enlarged_size(size, geometry, extra)
+    if min(output) < 1:
+        raise ValueError(
+            f"{name}: the output of input size {size} would have size {output}; give less padding "
+            "or a larger input"
+        )
     return output
 
 

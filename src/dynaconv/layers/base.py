@@ -11,6 +11,8 @@ from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd as ConvNd
 
 from dynaconv import masking
+from dynaconv.functional import conv_mixture, conv_per_position, conv_per_sample, deform_conv
+from dynaconv.layers import causal as causality_of
 from dynaconv.shapes import Geometry, IntOrTuple, Padding, check_padding, ntuple, same_padding
 
 CONVS: dict[int, type[ConvNd]] = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
@@ -28,6 +30,8 @@ class DynamicConv(nn.Module):
     Args:
         in_channels, out_channels, kernel_size, stride, padding, dilation, groups, bias,
         padding_mode, device, dtype: as in torch.nn.ConvNd, in that order.
+        causal: output p sees nothing after input p, and there is one for each input position:
+            what the layer gives at the end of the input up to p. 1-D, where the family has it.
         **options: the family's own.
 
     Shapes:
@@ -37,6 +41,11 @@ class DynamicConv(nn.Module):
 
     rank: ClassVar[int]
     family: ClassVar[str]
+    # The static convolution by rank that the family stands in for.
+    static: ClassVar[dict[int, type[ConvNd]]] = CONVS
+    # How a causal layer makes its kernel at a position: from the mean of the input up to there
+    # ("pooled"), from that position ("pointwise"), or from the window that ends there ("window").
+    causality: ClassVar[str | None] = None
     # Options under which a layer can start as a given static convolution.
     exact_options: ClassVar[dict[str, Any]] = {}
     # Learning-rate factors of submodules or parameters that the paper trains slower or faster.
@@ -62,6 +71,7 @@ class DynamicConv(nn.Module):
         padding_mode: str = "zeros",
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
+        causal: bool = False,
         **options: Any,
     ) -> None:
         super().__init__()
@@ -76,6 +86,9 @@ class DynamicConv(nn.Module):
         self.dilation = ntuple(dilation, self.rank, "dilation")
         self.padding = check_padding(padding, self.stride, self.rank)
         self.padding_mode = padding_mode
+        self.causal = causal
+        if causal:
+            causality_of.check(self)
         self.register_parameter("bias", None)
         if bias:
             self.bias = nn.Parameter(self.initial_bias((out_channels,)))
@@ -121,14 +134,21 @@ class DynamicConv(nn.Module):
 
     @classmethod
     def like(cls, conv: ConvNd, **options: Any) -> Self:
-        """A fresh layer with the arguments of `conv` (an nn.ConvNd); its weights are not used."""
-        if not isinstance(conv, CONVS[cls.rank]):
-            raise ValueError(f"{cls.__name__} replaces nn.Conv{cls.rank}d, got {type(conv)}")
-        names = ("in_channels", "out_channels", "kernel_size", "stride", "padding", "dilation")
-        arguments = {name: getattr(conv, name) for name in (*names, "groups", "padding_mode")}
+        """A fresh layer with the arguments of `conv`; its weights are not used."""
+        cls.check_static(conv)
+        replaced = cls.static[cls.rank]
+        names = set(inspect.signature(replaced).parameters) - {"bias", "device", "dtype"}
+        arguments = {name: getattr(conv, name) for name in names}
         arguments |= {"device": conv.weight.device, "dtype": conv.weight.dtype}
         layer = cls(**arguments, bias=conv.bias is not None, **options)
         return layer.train(conv.training)
+
+    @classmethod
+    def check_static(cls, conv: nn.Module) -> None:
+        """ValueError unless `conv` is of the kind that the family stands in for."""
+        replaced = cls.static[cls.rank]
+        if not isinstance(conv, replaced):
+            raise ValueError(f"{cls.__name__} replaces nn.{replaced.__name__}, got {type(conv)}")
 
     @classmethod
     def from_conv(cls, conv: ConvNd, **options: Any) -> Self:
@@ -137,6 +157,9 @@ class DynamicConv(nn.Module):
         Raises:
             ValueError: the family cannot express this convolution; the text says why.
         """
+        cls.check_static(conv)
+        if options.get("causal"):
+            raise ValueError("no nn.ConvNd pads before the input only, as causal=True does")
         layer = cls.like(conv, **(cls.exact_options | options))
         with torch.no_grad():
             if layer.bias is not None and conv.bias is not None:
@@ -146,7 +169,7 @@ class DynamicConv(nn.Module):
 
     def output_mask(self, padding_mask: Tensor) -> Tensor:
         """The padding mask (N, *L_out) of the output: what each sample has when alone."""
-        if self.padding == "same":
+        if self.padding == "same" or self.causal:
             return padding_mask
         return masking.output_mask(padding_mask, self.geometry())
 
@@ -157,8 +180,28 @@ class DynamicConv(nn.Module):
         Its output has the shape of this layer's on an input of spatial shape `size`, unless
         `sized_like_conv` is False.
         """
-        known = inspect.signature(nn.Conv2d.__init__).parameters
-        return {name: value for name, value in arguments.items() if name in known}
+        known = inspect.signature(cls.static[cls.rank]).parameters
+        static = {name: value for name, value in arguments.items() if name in known}
+        return static | {"padding": "same"} if arguments.get("causal") else static
+
+    def step(
+        self, x: Tensor, state: causality_of.State | None = None
+    ) -> tuple[Tensor, causality_of.State]:
+        """The output of a causal layer at the next position, in decoding.
+
+        Step by step it gives what `forward` gives for the whole sequence.
+
+        Args:
+            x: (N, C_in), the next position.
+            state: what the step before returned; None at the first position.
+
+        Returns:
+            The output (N, C_out), and the state: what the layer keeps of the past.
+
+        Raises:
+            ValueError: the layer is not causal, or x has another shape.
+        """
+        return causality_of.step(self, x, state)
 
     # What families use ---------------------------------------------------------------------
 
@@ -172,6 +215,8 @@ class DynamicConv(nn.Module):
 
     def compute(self, x: Tensor, mask: Tensor | None) -> Tensor:
         """From the prepared input to the output."""
+        if self.causal:
+            return causality_of.whole(self, x, mask)
         return self.convolve(x, **self.generate(x, mask))
 
     def prepare(
@@ -199,9 +244,12 @@ class DynamicConv(nn.Module):
     def pad(self, x: Tensor, geometry: Geometry | None = None) -> tuple[Tensor, Padding]:
         """x padded by padding_mode, and the padding that is left to the primitive.
 
-        `geometry` is that of a kernel other than the layer's own.
+        `geometry` is that of a kernel other than the layer's own. A causal layer is given its
+        input with the past before it.
         """
         geometry = geometry or self.geometry()
+        if self.causal:
+            return x, 0
         words = isinstance(self.padding, str)
         if self.padding_mode == "zeros":
             return x, self.padding if words else geometry.padding
@@ -210,6 +258,37 @@ class DynamicConv(nn.Module):
             before, after = same_padding(geometry.kernel, geometry.dilation)
         widths = [w for pair in zip(reversed(before), reversed(after), strict=True) for w in pair]
         return F.pad(x, widths, mode=PADDING_MODES[self.padding_mode]), 0
+
+    def convolve_mixture(
+        self, x: Tensor, weight: Tensor, coefficients: Tensor, bias: Tensor | None
+    ) -> Tensor:
+        """Experts (E, C_out, C_in / groups, *K) mixed by (N, E); bias (C_out,) or (E, C_out)."""
+        x, padding = self.pad(x)
+        geometry = (self.stride, padding, self.dilation, self.groups)
+        return conv_mixture(x, weight, coefficients, bias, *geometry)
+
+    def convolve_samples(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        """A kernel for each sample (N, C_out, C_in / groups, *K); bias (C_out,) or (N, C_out)."""
+        x, padding = self.pad(x)
+        return conv_per_sample(x, weight, bias, self.stride, padding, self.dilation, self.groups)
+
+    def convolve_positions(self, x: Tensor, weight: Tensor) -> Tensor:
+        """A kernel for each output position (N, G, *K, *L_out); no bias."""
+        x, padding = self.pad(x)
+        return conv_per_position(x, weight, self.stride, padding, self.dilation)
+
+    def convolve_deformed(
+        self,
+        x: Tensor,
+        offset: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        modulation: Tensor | None = None,
+    ) -> Tensor:
+        """Taps of (C_out, C_in / groups, *K) at offset positions, laid out as in deform_conv."""
+        x, padding = self.pad(x)
+        geometry = (self.stride, padding, self.dilation, self.groups)
+        return deform_conv(x, offset, weight, bias, *geometry, modulation=modulation)
 
     def add_bias(self, output: Tensor) -> Tensor:
         """output + bias[channel], for primitives without a bias of their own."""
@@ -226,13 +305,37 @@ class DynamicConv(nn.Module):
             padding = self.padding
         return Geometry(self.kernel_size, self.stride, padding, self.dilation)
 
+    @property
+    def sampled_channels(self) -> int:
+        """Channels of what a deformable kernel samples, or adds to."""
+        return self.in_channels
+
+    def generator_geometry(self) -> dict[str, Any]:
+        """Of a convolution that makes something for each position of the kernel."""
+        padding = 0 if self.causal else self.padding
+        place = {"stride": self.stride, "padding": padding, "dilation": self.dilation}
+        return place | {"padding_mode": self.padding_mode}
+
+    def generate_next(self, seen: Tensor, real: Tensor) -> dict[str, Tensor]:
+        """`generate` at the next position of a causal layer, from what `causality` names.
+
+        real (1, past + 1) is True from the first position of the sequence on.
+        """
+        return self.generate(seen, None)
+
+    @property
+    def past(self) -> int:
+        """How many positions before its own a causal kernel reaches."""
+        return self.dilation[0] * (self.kernel_size[0] - 1)
+
     def kernel_size_at(self, size: tuple[int, ...]) -> tuple[int, ...]:
         """Taps of the kernel for an input of spatial shape `size`."""
         return self.kernel_size
 
     def output_size(self, size: tuple[int, ...]) -> tuple[int, ...]:
         """Spatial shape of the output for an input of spatial shape `size`."""
-        return tuple(size) if self.padding == "same" else self.geometry().output_size(size)
+        keeps = self.padding == "same" or self.causal
+        return tuple(size) if keeps else self.geometry().output_size(size)
 
     def kernel_shape(self) -> tuple[int, ...]:
         """The shape of a static kernel: (C_out, C_in / groups, *K)."""
@@ -264,6 +367,7 @@ class DynamicConv(nn.Module):
             if getattr(self, name) != default
         ]
         parts += ["bias=False"] if self.bias is None else []
+        parts += ["causal=True"] if self.causal else []
         parts += [f"{name}={value!r}" for name, value in self.options.items()]
         return ", ".join(parts)
 
@@ -316,3 +420,8 @@ def without_autocast(device: str) -> AbstractContextManager:
     if torch.amp.is_autocast_available(device):
         return torch.autocast(device, enabled=False)
     return nullcontext()
+
+
+def causal(rank: int, arguments: dict[str, Any]) -> list[dict[str, Any]]:
+    """A causal sample for a family's tests, in 1-D."""
+    return [arguments | {"causal": True, "dilation": (2,)}] if rank == 1 else []

@@ -11,8 +11,10 @@ def at_centres(layer: DynamicConv, x: Tensor, mask: Tensor | None) -> Tensor:
     """The mean of x over each stride cell; cell p starts at the centre of the layer's window p.
 
     x (N, C, *L), zero where mask (N, *L) is False; (N, C, *L_out). Without stride it is x at the
-    centres, zero where one lies outside.
+    centres, zero where one lies outside. A causal window's kernel is made at its last position.
     """
+    if layer.causal:
+        return x
     before, after = same_padding(layer.kernel_size, layer.dilation)
     given = (before, after) if layer.padding == "same" else (layer.geometry().padding,) * 2
     widths = []

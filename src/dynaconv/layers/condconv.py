@@ -5,13 +5,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dynaconv.functional import conv_mixture
-from dynaconv.layers.base import ConvNd, DynamicConv, at_least
+from dynaconv.layers.base import ConvNd, DynamicConv, at_least, causal
 from dynaconv.masking import masked_mean
 from dynaconv.registry import register_family
 
 
-@register_family("condconv", primitive="conv_mixture", paper="Yang et al., NeurIPS 2019")
+@register_family(
+    "condconv", primitive="conv_mixture", paper="Yang et al., NeurIPS 2019", transposed=True
+)
 class CondConv(DynamicConv):
     """Experts mixed per sample by sigmoids of the pooled input.
 
@@ -23,6 +24,8 @@ class CondConv(DynamicConv):
     Args:
         experts: number of kernels E.
     """
+
+    causality = "pooled"
 
     def build(self, experts: int = 4) -> None:
         at_least(1, experts=experts)
@@ -36,17 +39,7 @@ class CondConv(DynamicConv):
         return {"coefficients": torch.sigmoid(self.routing(masked_mean(x, mask)))}
 
     def convolve(self, x: Tensor, coefficients: Tensor) -> Tensor:  # type: ignore[override]
-        x, padding = self.pad(x)
-        return conv_mixture(
-            x,
-            self.weight,
-            coefficients,
-            self.bias,
-            self.stride,
-            padding,
-            self.dilation,
-            self.groups,
-        )
+        return self.convolve_mixture(x, self.weight, coefficients, self.bias)
 
     def init_from(self, conv: ConvNd) -> None:
         """Routing 1/2 for everything; experts 2 W / E + d_e with sum_e d_e = 0.
@@ -66,4 +59,5 @@ class CondConv(DynamicConv):
         return [
             {"in_channels": 4, "out_channels": 6, "kernel_size": 3, "padding": 1},
             {"in_channels": 4, "out_channels": 4, "kernel_size": 2, "groups": 4, "experts": 1},
+            *causal(rank, {"in_channels": 4, "out_channels": 6, "kernel_size": 3}),
         ]

@@ -1,13 +1,21 @@
 """Deformable convolution, v1 (Dai, ICCV 2017) and modulated v2 (Zhu, CVPR 2019)."""
 
-from math import prod
+from math import ceil, prod
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dynaconv.functional import deform_conv
-from dynaconv.layers.base import ConvNd, DynamicConv, at_least, conv_nd, positive, without_autocast
+from dynaconv.layers.base import (
+    ConvNd,
+    DynamicConv,
+    at_least,
+    causal,
+    conv_nd,
+    positive,
+    without_autocast,
+)
 from dynaconv.registry import register_family
 
 
@@ -15,16 +23,20 @@ class _Deform(DynamicConv):
     """Offsets (and modulation) from a convolution of the input, zero at the start."""
 
     modulated: bool
+    causality = "window"
     lr_factors = {"offset_conv": 0.1}
 
     def build(self, offset_groups: int = 1, offset_bound: float | None = None) -> None:
         at_least(1, offset_groups=offset_groups)
-        if self.in_channels % offset_groups:
+        if self.sampled_channels % offset_groups:
             raise ValueError(
-                f"offset_groups={offset_groups} does not divide in_channels={self.in_channels}"
+                f"offset_groups={offset_groups} does not divide the {self.sampled_channels} "
+                "channels that are sampled"
             )
         if offset_bound is not None:
             positive(offset_bound=offset_bound)
+        elif self.causal:
+            raise ValueError("causal=True needs offset_bound: how far back a tap may reach")
         self.offset_groups, self.offset_bound = offset_groups, offset_bound
         self.weight = nn.Parameter(self.initial_kernels())
         taps = offset_groups * prod(self.kernel_size)
@@ -34,10 +46,7 @@ class _Deform(DynamicConv):
             self.in_channels,
             self.offset_channels + (taps if self.modulated else 0),
             self.kernel_size,
-            self.stride,
-            self.padding,
-            self.dilation,
-            padding_mode=self.padding_mode,
+            **self.generator_geometry(),
         )
         for parameter in self.offset_conv.parameters():
             nn.init.zeros_(parameter)
@@ -45,10 +54,13 @@ class _Deform(DynamicConv):
     def generate(self, x: Tensor, mask: Tensor | None) -> dict[str, Tensor]:
         # Positions need more digits than half precision has: no autocast here.
         with without_autocast(x.device.type):
-            made = self.offset_conv(x.to(self.offset_conv.weight.dtype))
+            seen = x[..., self.reach :] if self.causal else x
+            made = self.offset_conv(seen.to(self.offset_conv.weight.dtype))
         offset = made[:, : self.offset_channels]
         if self.offset_bound is not None:
             offset = self.offset_bound * torch.tanh(offset / self.offset_bound)
+        if self.causal:
+            offset = self._not_ahead(offset)
         if not self.modulated:
             return {"offset": offset}
         return {"offset": offset, "modulation": self.modulate(made[:, self.offset_channels :])}
@@ -61,9 +73,28 @@ class _Deform(DynamicConv):
     ) -> Tensor:
         if modulation is not None:
             modulation = modulation.to(x.dtype)
-        x, padding = self.pad(x)
-        geometry = (self.stride, padding, self.dilation, self.groups)
-        return deform_conv(x, offset, self.weight, self.bias, *geometry, modulation=modulation)
+        if not self.causal:
+            return self.convolve_deformed(x, offset, self.weight, self.bias, modulation)
+        before = (self.reach, 0)  # windows that only serve to be reached from later ones
+        offset = F.pad(offset, before)
+        modulation = None if modulation is None else F.pad(modulation, before)
+        output = self.convolve_deformed(x, offset, self.weight, self.bias, modulation)
+        return output[..., self.reach :]
+
+    @property
+    def reach(self) -> int:
+        """How many positions a causal kernel's taps move back at most."""
+        return ceil(self.offset_bound or 0)
+
+    @property
+    def past(self) -> int:
+        return super().past + self.reach
+
+    def _not_ahead(self, offset: Tensor) -> Tensor:
+        """Offsets (N, offset_groups * K, T) that leave each tap at its window's end at most."""
+        room = super().past - self.dilation[0] * torch.arange(self.kernel_size[0])
+        room = room.repeat(self.offset_groups).unsqueeze(1)
+        return offset.minimum(room.to(offset))
 
     def init_from(self, conv: ConvNd) -> None:
         self.weight.copy_(conv.weight)
@@ -81,10 +112,14 @@ class _Deform(DynamicConv):
                 "offset_groups": 2,
                 "offset_bound": 2.0,
             },
+            *causal(
+                rank,
+                {"in_channels": 4, "out_channels": 6, "kernel_size": 3, "offset_bound": 1.5},
+            ),
         ]
 
 
-@register_family("deform", primitive="deform_conv", paper="Dai et al., ICCV 2017")
+@register_family("deform", primitive="deform_conv", paper="Dai et al., ICCV 2017", transposed=True)
 class DeformConv(_Deform):
     """Each tap samples the input at an offset that follows the features there.
 
@@ -101,7 +136,9 @@ class DeformConv(_Deform):
     modulated = False
 
 
-@register_family("deform_v2", primitive="deform_conv", paper="Zhu et al., CVPR 2019")
+@register_family(
+    "deform_v2", primitive="deform_conv", paper="Zhu et al., CVPR 2019", transposed=True
+)
 class ModulatedDeformConv(_Deform):
     """Each tap samples at an offset and is weighted by a modulation, both from the features.
 

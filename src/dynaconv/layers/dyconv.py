@@ -5,13 +5,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dynaconv.functional import conv_mixture
 from dynaconv.layers.attention import Squeeze
-from dynaconv.layers.base import ConvNd, DynamicConv, at_least, positive
+from dynaconv.layers.base import ConvNd, DynamicConv, at_least, causal, positive
 from dynaconv.registry import register_family
 
 
-@register_family("dyconv", primitive="conv_mixture", paper="Chen et al., CVPR 2020")
+@register_family(
+    "dyconv", primitive="conv_mixture", paper="Chen et al., CVPR 2020", transposed=True
+)
 class DyConv(DynamicConv):
     """Experts mixed per sample by a softmax over the pooled input.
 
@@ -25,6 +26,8 @@ class DyConv(DynamicConv):
         reduction: hidden channels of the attention over input channels.
         temperature: T at the start, a buffer; `dynaconv.anneal` lowers it.
     """
+
+    causality = "pooled"
 
     def build(self, experts: int = 4, reduction: float = 0.25, temperature: float = 30.0) -> None:
         at_least(1, experts=experts)
@@ -43,17 +46,7 @@ class DyConv(DynamicConv):
         return {"coefficients": torch.softmax(logits / self.temperature, dim=1)}
 
     def convolve(self, x: Tensor, coefficients: Tensor) -> Tensor:  # type: ignore[override]
-        x, padding = self.pad(x)
-        return conv_mixture(
-            x,
-            self.weight,
-            coefficients,
-            self.bias,
-            self.stride,
-            padding,
-            self.dilation,
-            self.groups,
-        )
+        return self.convolve_mixture(x, self.weight, coefficients, self.bias)
 
     def init_from(self, conv: ConvNd) -> None:
         """Every expert a copy: the coefficients sum to 1."""
@@ -64,4 +57,5 @@ class DyConv(DynamicConv):
         return [
             {"in_channels": 4, "out_channels": 6, "kernel_size": 3, "padding": 1},
             {"in_channels": 4, "out_channels": 4, "kernel_size": 2, "groups": 4, "bias": False},
+            *causal(rank, {"in_channels": 4, "out_channels": 6, "kernel_size": 3}),
         ]

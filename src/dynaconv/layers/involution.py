@@ -8,9 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dynaconv.functional import conv_per_position
 from dynaconv.layers.attention import SafeBatchNorm
-from dynaconv.layers.base import ConvNd, DynamicConv, at_least, conv_nd
+from dynaconv.layers.base import ConvNd, DynamicConv, at_least, causal, conv_nd
 from dynaconv.layers.centres import at_centres
 from dynaconv.registry import register_family
 
@@ -30,6 +29,8 @@ class Involution(DynamicConv):
             divides the channels. With `groups` > 1, that is the number of kernels a position.
         reduction: input channels over hidden channels of the generator.
     """
+
+    causality = "pointwise"
 
     def build(self, group_channels: int = 16, reduction: int = 4) -> None:
         at_least(1, group_channels=group_channels, reduction=reduction)
@@ -57,8 +58,7 @@ class Involution(DynamicConv):
 
     def convolve(self, x: Tensor, weight: Tensor) -> Tensor:  # type: ignore[override]
         x = x if self.project is None else self.project(x)
-        x, padding = self.pad(x)
-        return self.add_bias(conv_per_position(x, weight, self.stride, padding, self.dilation))
+        return self.add_bias(self.convolve_positions(x, weight))
 
     def init_from(self, conv: ConvNd) -> None:
         """A depthwise kernel becomes the generator's bias."""
@@ -77,6 +77,7 @@ class Involution(DynamicConv):
             {"in_channels": 4, "out_channels": 4, "kernel_size": 3, "padding": 1},
             {"in_channels": 4, "out_channels": 6, "kernel_size": 3, "padding": 2, "stride": 2},
             {"in_channels": 4, "out_channels": 4, "kernel_size": 3, "groups": 4, "bias": False},
+            *causal(rank, {"in_channels": 4, "out_channels": 6, "kernel_size": 3}),
         ]
 
 

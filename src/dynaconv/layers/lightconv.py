@@ -11,12 +11,13 @@ from dynaconv.functional import conv, conv_per_position
 from dynaconv.layers.base import ConvNd, DynamicConv, at_least, conv_nd
 from dynaconv.layers.centres import at_centres
 from dynaconv.registry import register_family
-from dynaconv.shapes import Geometry, Padding, resolve_padding
+from dynaconv.shapes import Padding, resolve_padding
 
 
 class _Light(DynamicConv):
-    """What both share: heads, normalised taps, DropConnect, the causal form and its steps."""
+    """What both share: heads, normalised taps, DropConnect."""
 
+    causality = "pointwise"
     exact_options = {"weight_softmax": False}
 
     def build(
@@ -24,7 +25,6 @@ class _Light(DynamicConv):
         heads: int | None = None,
         weight_softmax: bool = True,
         weight_dropout: float = 0.0,
-        causal: bool = False,
     ) -> None:
         self.heads = self.groups if heads is None else heads
         at_least(1, heads=self.heads)
@@ -34,9 +34,6 @@ class _Light(DynamicConv):
         if self.out_channels % self.heads:
             raise ValueError(f"heads={self.heads} does not divide {self.out_channels} out_channels")
         self.weight_softmax, self.weight_dropout = weight_softmax, weight_dropout
-        self.causal = causal
-        if causal:
-            self._check_causal()
         channels = (self.in_channels, self.out_channels)
         self.project = (
             None
@@ -45,37 +42,6 @@ class _Light(DynamicConv):
         )
         if self.bias is not None:
             nn.init.zeros_(self.bias)
-
-    def _check_causal(self) -> None:
-        if self.rank > 1:
-            raise ValueError("causal=True is for 1-D: positions of a plane or volume have no order")
-        if self.padding != (0,) or self.padding_mode != "zeros":
-            raise ValueError(
-                "causal=True puts its own dilation * (kernel_size - 1) zeros before the input; "
-                f"leave padding=0 and padding_mode='zeros', not {self.padding}, "
-                f"{self.padding_mode!r}"
-            )
-        if self.stride != (1,):
-            raise ValueError(
-                "causal=True, for an output as long as the input, needs stride 1, "
-                f"not {self.stride}"
-            )
-
-    @property
-    def past(self) -> int:
-        """How many positions before its own a causal kernel reaches."""
-        return self.dilation[0] * (self.kernel_size[0] - 1)
-
-    def output_mask(self, padding_mask: Tensor) -> Tensor:
-        return padding_mask if self.causal else super().output_mask(padding_mask)
-
-    @classmethod
-    def as_static(cls, arguments: dict[str, Any], size: tuple[int, ...]) -> dict[str, Any]:
-        static = super().as_static(arguments, size)
-        return static | {"padding": "same"} if arguments.get("causal") else static
-
-    def pad(self, x: Tensor, geometry: Geometry | None = None) -> tuple[Tensor, Padding]:
-        return (F.pad(x, (self.past, 0)), 0) if self.causal else super().pad(x, geometry)
 
     def values(self, x: Tensor) -> Tensor:
         """What the kernel is laid over, (N, C_out, *L)."""
@@ -90,42 +56,8 @@ class _Light(DynamicConv):
         weight = F.dropout(weight, self.weight_dropout, self.training)
         return self.add_bias(conv_per_position(x, weight, self.stride, padding, self.dilation))
 
-    def step(self, x: Tensor, state: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """The output of a causal layer at the next position, in decoding.
-
-        Args:
-            x: (N, C_in), the next position.
-            state: what the step before returned; None at the first position.
-
-        Returns:
-            The output (N, C_out), and the state: the values (N, C_out, *) that the kernel reaches.
-
-        Raises:
-            ValueError: the layer is not causal, or x has another shape.
-        """
-        if not self.causal:
-            raise ValueError("step needs causal=True: other kernels wait for what comes later")
-        if x.dim() != 2 or x.shape[1] != self.in_channels:
-            raise ValueError(f"step: x has shape {tuple(x.shape)}; give (N, {self.in_channels})")
-        x = x.unsqueeze(2)
-        state = self.values(x) if state is None else torch.cat([state, self.values(x)], 2)
-        state = state[..., -self.past - 1 :]
-        before = (self.past + 1 - state.shape[2], 0)
-        real = F.pad(state.new_ones(1, 1, state.shape[2], dtype=torch.bool), before)
-        weight = self.next_kernel(x, real)
-        return self.per_position(F.pad(state, before), weight, 0).squeeze(2), state
-
-    def next_kernel(self, x: Tensor, real: Tensor) -> Tensor:
-        """The kernels (N, heads, K, 1) for the next position, x (N, C_in, 1).
-
-        real (1, 1, past + 1) is True from the first position of the sequence on.
-        """
-        raise NotImplementedError
-
     def init_from(self, conv: ConvNd) -> None:
         """Takes a depthwise kernel as the taps."""
-        if self.causal:
-            raise ValueError("no nn.ConvNd pads before the input only, as causal=True does")
         if self.weight_softmax:
             raise ValueError(
                 "kernels out of a softmax are positive and sum to 1, trained ones are not and do "
@@ -172,7 +104,6 @@ class LightConv(_Light):
         weight_softmax: whether the taps are normalised; if not, w = weight.
         weight_dropout: probability in training that a tap is dropped (DropConnect), for each
             position anew.
-        causal: output p sees nothing after p, and there is one for each input position; 1-D.
     """
 
     def build(
@@ -180,9 +111,8 @@ class LightConv(_Light):
         heads: int | None = None,
         weight_softmax: bool = True,
         weight_dropout: float = 0.0,
-        causal: bool = False,
     ) -> None:
-        super().build(heads, weight_softmax, weight_dropout, causal)
+        super().build(heads, weight_softmax, weight_dropout)
         self.weight = nn.Parameter(torch.empty(self.heads, 1, *self.kernel_size))
         nn.init.xavier_uniform_(self.weight)
 
@@ -194,6 +124,10 @@ class LightConv(_Light):
         return {"weight": self.taps().expand(x.shape[0], *self.weight.shape)}
 
     def compute(self, x: Tensor, mask: Tensor | None) -> Tensor:
+        return self.convolve(F.pad(x, (self.past, 0)) if self.causal else x)
+
+    def convolve(self, x: Tensor, weight: Tensor | None = None) -> Tensor:  # type: ignore[override]
+        """The kernel is the layer's own, whatever `generate` shows of it."""
         x, padding = self.pad(self.values(x))
         if self.training and self.weight_dropout > 0:
             x, geometry = resolve_padding(x, self.kernel_size, self.stride, padding, self.dilation)
@@ -207,9 +141,6 @@ class LightConv(_Light):
         """w for each position: (N, heads, *K, *L_out)."""
         taps = self.taps().squeeze(1)
         return taps.reshape(*taps.shape, *[1] * self.rank).expand(batch, *taps.shape, *size)
-
-    def next_kernel(self, x: Tensor, real: Tensor) -> Tensor:
-        return self._at_each(x.shape[0], (1,))
 
     def take(self, kernel: Tensor) -> None:
         self.weight.copy_(kernel)
@@ -231,7 +162,6 @@ class DynamicLightConv(_Light):
         heads: number of kernels a position; None takes `groups`.
         weight_softmax: whether the taps are normalised.
         weight_dropout: probability in training that a tap is dropped (DropConnect).
-        causal: output p sees nothing after p, and there is one for each input position; 1-D.
         renorm_padding: whether the softmax leaves out taps beyond the input (or the sentence).
         weight_bias: whether weight_linear has a bias.
     """
@@ -243,11 +173,10 @@ class DynamicLightConv(_Light):
         heads: int | None = None,
         weight_softmax: bool = True,
         weight_dropout: float = 0.0,
-        causal: bool = False,
         renorm_padding: bool = False,
         weight_bias: bool = False,
     ) -> None:
-        super().build(heads, weight_softmax, weight_dropout, causal)
+        super().build(heads, weight_softmax, weight_dropout)
         if renorm_padding and not (weight_softmax and self.padding_mode == "zeros"):
             raise ValueError(
                 "renorm_padding=True leaves taps beyond the input out of the softmax; it needs "
@@ -259,10 +188,11 @@ class DynamicLightConv(_Light):
         self.weight_linear = conv_nd(self.rank, self.in_channels, taps, 1, bias=weight_bias)
 
     def generate(self, x: Tensor, mask: Tensor | None) -> dict[str, Tensor]:
-        features = x if self.causal else at_centres(self, x, mask)
+        features = at_centres(self, x, mask)
         if not self.renorm_padding:
             return {"weight": self._kernels(features, None)}
         real = x.new_ones(1, *x.shape[2:], dtype=torch.bool) if mask is None else mask
+        real = F.pad(real, (self.past, 0)) if self.causal else real
         return {"weight": self._kernels(features, self._inside(*self.pad(real.unsqueeze(1))))}
 
     def convolve(self, x: Tensor, weight: Tensor) -> Tensor:  # type: ignore[override]
@@ -289,8 +219,9 @@ class DynamicLightConv(_Light):
             real = real.unfold(2 + d, step * (k - 1) + 1, s)[..., ::step]
         return real.flatten(2 + self.rank).movedim(-1, 2)
 
-    def next_kernel(self, x: Tensor, real: Tensor) -> Tensor:
-        return self._kernels(x, self._inside(real, 0) if self.renorm_padding else None)
+    def generate_next(self, seen: Tensor, real: Tensor) -> dict[str, Tensor]:
+        inside = self._inside(real.unsqueeze(0), 0) if self.renorm_padding else None
+        return {"weight": self._kernels(seen, inside)}
 
     def take(self, kernel: Tensor) -> None:
         """The kernel becomes weight_linear's bias."""

@@ -6,15 +6,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dynaconv.functional import conv_mixture, conv_per_sample
 from dynaconv.layers.attention import Squeeze
-from dynaconv.layers.base import ConvNd, DynamicConv, at_least, positive
+from dynaconv.layers.base import ConvNd, DynamicConv, at_least, causal, positive
 from dynaconv.registry import register_family
 
 GATES = ("channel", "filter", "spatial")
 
 
-@register_family("odconv", primitive="conv_per_sample", paper="Li et al., ICLR 2022")
+@register_family(
+    "odconv", primitive="conv_per_sample", paper="Li et al., ICLR 2022", transposed=True
+)
 class ODConv(DynamicConv):
     """Experts under four attentions: input channel, output channel, tap and expert.
 
@@ -35,6 +36,7 @@ class ODConv(DynamicConv):
         gate_scale: g.
     """
 
+    causality = "pooled"
     exact_options = {"gate_scale": 2.0}
     kernel_fc: nn.Linear | None
 
@@ -83,14 +85,13 @@ class ODConv(DynamicConv):
 
     def convolve(self, x: Tensor, channel: Tensor, **attention: Tensor) -> Tensor:  # type: ignore[override]
         ones = (1,) * self.rank
-        x, padding = self.pad(x * channel.unflatten(1, (-1, *ones)))
-        geometry = (self.stride, padding, self.dilation, self.groups)
+        x = x * channel.unflatten(1, (-1, *ones))
         coefficients = attention.get("coefficients", x.new_ones(x.shape[0], 1))
         scale = self._kernel_scale(attention)
         if scale is None:
-            return conv_mixture(x, self.weight, coefficients, self.bias, *geometry)
+            return self.convolve_mixture(x, self.weight, coefficients, self.bias)
         mixed = torch.einsum("ne,e...->n...", coefficients, self.weight) * scale
-        return conv_per_sample(x, mixed, self.bias, *geometry)
+        return self.convolve_samples(x, mixed, self.bias)
 
     def _kernel_scale(self, attention: dict[str, Tensor]) -> Tensor | None:
         """a_f a_s for kernels (N, C_out, C_in / groups, *K), None where the layer has neither."""
@@ -121,4 +122,5 @@ class ODConv(DynamicConv):
             {"in_channels": 4, "out_channels": 6, "kernel_size": 3, "padding": 1},
             {"in_channels": 4, "out_channels": 4, "kernel_size": 2, "groups": 4, "experts": 1},
             {"in_channels": 4, "out_channels": 6, "kernel_size": 1, "bias": False, "min_hidden": 4},
+            *causal(rank, {"in_channels": 4, "out_channels": 6, "kernel_size": 3}),
         ]

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from dynaconv.dispatch import backend, backends
-from dynaconv.layers.base import ConvNd, DynamicConv, conv_nd
+from dynaconv.layers.base import ConvNd, DynamicConv
 from dynaconv.masking import mask_from_sizes, sizes_from_mask
 from dynaconv.registry import family
 from dynaconv.testing.tolerance import close
@@ -27,14 +27,19 @@ Check = Callable[[type[DynamicConv], Arguments], None]
 
 
 def check_family(name: str) -> int:
-    """Runs every check on every rank and sample of a family; the number of checks run."""
+    """Runs every check on every rank, form and sample of a family; the number of checks run."""
     run = 0
-    for rank, cls in family(name).classes.items():
-        for arguments in cls.samples(rank):
-            for check in CHECKS:
+    for cls in family(name).all_classes:
+        for arguments in cls.samples(cls.rank):
+            for check in checks(arguments):
                 check(cls, arguments)
                 run += 1
     return run
+
+
+def checks(arguments: Arguments) -> list[Check]:
+    """Those that apply to a layer of these arguments."""
+    return CHECKS + [check_causal] if arguments.get("causal") else CHECKS
 
 
 # Tools -------------------------------------------------------------------------------------
@@ -63,8 +68,8 @@ def randomized(cls: type[DynamicConv], arguments: Arguments) -> DynamicConv:
 
 
 def static_conv(cls: type[DynamicConv], arguments: Arguments) -> ConvNd:
-    """The nn.ConvNd of the same arguments, in float64."""
-    return conv_nd(cls.rank, **cls.as_static(arguments, SIZES[cls.rank])).double()
+    """The nn.ConvNd (or nn.ConvTransposeNd) of the same arguments, in float64."""
+    return cls.static[cls.rank](**cls.as_static(arguments, SIZES[cls.rank])).double()
 
 
 def output_shape(layer: DynamicConv, arguments: Arguments, x: Tensor) -> tuple[int, ...]:
@@ -301,6 +306,20 @@ def check_refusals(cls: type[DynamicConv], arguments: Arguments) -> None:
             require(text in str(raised), f"{cls.__name__}: {raised!r} does not say {text!r}")
         else:
             raise AssertionError(f"{cls.__name__}: no {error.__name__} about {text!r}")
+
+
+def check_causal(cls: type[DynamicConv], arguments: Arguments) -> None:
+    """An output depends on nothing after it, and comes out of steps as out of the whole."""
+    layer, x = randomized(cls, arguments), example(cls, arguments)
+    whole = layer(x)
+    require(whole.shape[2] == x.shape[2], f"{cls.__name__}: {tuple(whole.shape)} for {x.shape}")
+    for length in (1, x.shape[2] // 2):
+        close(layer(x[..., :length]), whole[..., :length], f"{cls.__name__} of a beginning")
+    state, outputs = None, []
+    for position in x.unbind(2):
+        output, state = layer.step(position, state)
+        outputs.append(output)
+    close(torch.stack(outputs, 2), whole, f"{cls.__name__} step by step")
 
 
 CHECKS: list[Check] = [

@@ -5,6 +5,7 @@ from dynaconv.backends.eager.conv_mixture import conv_mixture
 from dynaconv.backends.eager.conv_per_position import conv_per_position
 from dynaconv.backends.eager.conv_per_sample import conv_per_sample
 from dynaconv.backends.eager.deform_conv import deform_conv
+from dynaconv.backends.reference import conv_transpose_per_sample, deform_conv_transpose
 from dynaconv.dispatch import Backend, Problem, register_backend
 
 
@@ -22,5 +23,9 @@ def supports(problem: Problem) -> str | None:
     return None
 
 
-FUNCTIONS = (conv, conv_per_sample, conv_mixture, conv_per_position, deform_conv)
+# The transposed ones are library calls as they stand.
+FUNCTIONS = (
+    *(conv, conv_per_sample, conv_mixture, conv_per_position, deform_conv),
+    *(conv_transpose_per_sample, deform_conv_transpose),
+)
 register_backend(Backend("eager", supports, {f.__name__: f for f in FUNCTIONS}))

@@ -1,0 +1,159 @@
+"""Dynamic convolution decomposition: a static kernel and a dynamic residual (Li, ICLR 2021)."""
+
+from math import isqrt
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from dynaconv.functional import conv
+from dynaconv.layers.attention import SafeBatchNorm
+from dynaconv.layers.base import ConvNd, DynamicConv, at_least, conv_nd, positive
+from dynaconv.masking import masked_mean, sizes_from_mask
+from dynaconv.registry import register_family
+from dynaconv.shapes import same_padding
+
+
+@register_family("dcd", primitive="conv", paper="Li et al., ICLR 2021")
+class DCDConv(DynamicConv):
+    """A static kernel, scaled per output channel, and channels fused in a small latent space.
+
+        h = fc(pool(x)),    h = h hsigmoid(se(h))
+        Lambda = hsigmoid(fc_scale(h)),    Phi = fc_phi(h) as an L x L matrix
+        y = Lambda (W_0 * x) + P (bn2(Phi q) + q) + b,    q = bn1(Q^T x)
+
+    hsigmoid(v) = relu6(v + 3) / 3 is 1 at 0. For any kernel size, Q^T and P are 1x1: q lies at the
+    centres of W_0's windows. The paper has Phi q alone, the published code the batch norms and
+    the shortcut too; its bias-free layer has no b. `from_conv` starts with P = 0 and Lambda = 1.
+
+    The sparse dynamic residual of the paper is a direct sum of `blocks`, each with its own P, Phi
+    and Q over its part of the channels; with `groups` no block mixes two groups.
+
+    Args:
+        pool: cells a dimension of pool(x); 1 in the authors' bottlenecks, 2 in their basic blocks.
+        latent: L of one block; None is sqrt(C_in pool^D / blocks), rounded down.
+        reduction: max(C_in pool^D, blocks L^2) over the length of h.
+        min_hidden: its least length.
+        blocks: blocks of the residual, a multiple of groups; None is one a group.
+    """
+
+    convolving = ("q", "p")
+
+    def build(
+        self,
+        pool: int = 1,
+        latent: int | None = None,
+        reduction: float = 16,
+        min_hidden: int = 4,
+        blocks: int | None = None,
+    ) -> None:
+        self.pool, self.blocks = pool, self.groups if blocks is None else blocks
+        at_least(1, pool=pool, blocks=self.blocks, min_hidden=min_hidden)
+        positive(reduction=reduction)
+        self._check_blocks()
+        pooled = self.in_channels * pool**self.rank
+        self.latent = max(isqrt(pooled // self.blocks), 1) if latent is None else latent
+        at_least(1, latent=self.latent)
+        hidden = max(int(max(pooled, self.blocks * self.latent**2) / reduction), min_hidden)
+        channels = self.blocks * self.latent
+        self.weight = nn.Parameter(self.initial_kernels())
+        self.fc = nn.Linear(pooled, hidden, bias=False)
+        self.se = nn.Linear(hidden, hidden, bias=False)
+        self.fc_scale = nn.Linear(hidden, self.out_channels, bias=False)
+        self.fc_phi = nn.Linear(hidden, self.blocks * self.latent**2, bias=False)
+        one_by_one: dict[str, Any] = {"groups": self.blocks, "bias": False}
+        self.q = conv_nd(self.rank, self.in_channels, channels, 1, stride=self.stride, **one_by_one)
+        self.p = conv_nd(self.rank, channels, self.out_channels, 1, **one_by_one)
+        self.bn1, self.bn2 = SafeBatchNorm(channels), SafeBatchNorm(channels)
+
+    def _check_blocks(self) -> None:
+        for name, value in (
+            ("in_channels", self.in_channels),
+            ("out_channels", self.out_channels),
+        ):
+            if value % self.blocks:
+                raise ValueError(f"blocks={self.blocks} does not divide {name}={value}")
+        if self.blocks % self.groups:
+            raise ValueError(
+                f"blocks={self.blocks} is no multiple of groups={self.groups}, so that a block "
+                "would mix groups"
+            )
+
+    def generate(self, x: Tensor, mask: Tensor | None) -> dict[str, Tensor]:
+        """`scale` Lambda (N, C_out) and `phi` (N, blocks, L, L)."""
+        pooled = masked_mean(x, mask) if self.pool == 1 else _cell_means(x, mask, self.pool)
+        h = self.fc(pooled)
+        h = h * _hsigmoid(self.se(h))
+        phi = self.fc_phi(h).unflatten(1, (self.blocks, self.latent, self.latent))
+        return {"scale": _hsigmoid(self.fc_scale(h)), "phi": phi}
+
+    def compute(self, x: Tensor, mask: Tensor | None) -> Tensor:
+        dynamic = self.generate(x, mask)
+        scale = dynamic["scale"].unflatten(1, (-1, *(1,) * self.rank))
+        padded, padding = self.pad(x)
+        geometry = (self.stride, padding, self.dilation, self.groups)
+        static = conv(padded, self.weight, None, *geometry)
+        return self.add_bias(scale * static + self.residual(x, dynamic["phi"], mask))
+
+    def residual(self, x: Tensor, phi: Tensor, mask: Tensor | None) -> Tensor:
+        """P (bn2(Phi q) + q), (N, C_out, *L_out)."""
+        out_mask = None if mask is None else self.output_mask(mask)
+        q = self.bn1(self.q(self._from_first_centre(x)), out_mask)
+        latents = q.flatten(2).unflatten(1, (self.blocks, self.latent))
+        fused = (phi @ latents.to(phi.dtype)).reshape(q.shape)
+        return self.p(self.bn2(fused, out_mask) + q)
+
+    def _from_first_centre(self, x: Tensor) -> Tensor:
+        """x from the centre of the first window to that of the last, zero outside the input."""
+        before, after = same_padding(self.kernel_size, self.dilation)
+        given = (before, after) if self.padding == "same" else (self.geometry().padding,) * 2
+        widths = []
+        for d in reversed(range(self.rank)):
+            widths += [given[0][d] - before[d], given[1][d] - after[d]]
+        return F.pad(x, widths) if any(widths) else x
+
+    def init_from(self, conv: ConvNd) -> None:
+        """W_0 is the kernel, without residual and scaled by 1."""
+        self.weight.copy_(conv.weight)
+        nn.init.zeros_(self.p.weight)
+        nn.init.zeros_(self.fc_scale.weight)
+
+    @classmethod
+    def samples(cls, rank: int) -> list[dict[str, Any]]:
+        return [
+            {"in_channels": 4, "out_channels": 6, "kernel_size": 3, "padding": 1},
+            {
+                "in_channels": 4,
+                "out_channels": 4,
+                "kernel_size": 2,
+                "groups": 2,
+                "bias": False,
+                "pool": 2,
+                "latent": 3,
+            },
+            {"in_channels": 4, "out_channels": 6, "kernel_size": 1, "stride": 2, "blocks": 2},
+        ]
+
+
+def _hsigmoid(v: Tensor) -> Tensor:
+    """From 0 to 2, and 1 at 0: twice the usual."""
+    return F.relu6(v + 3) / 3
+
+
+def _cell_means(x: Tensor, mask: Tensor | None, cells: int) -> Tensor:
+    """Means over `cells` cells a dimension, (N, C, *L) -> (N, C * cells^D).
+
+    Cells are those of adaptive average pooling, over what is real of each sample.
+    """
+    rank, index = x.dim() - 2, torch.arange(cells, device=x.device)
+    sizes = torch.tensor([x.shape[2:]], device=x.device) if mask is None else sizes_from_mask(mask)
+    for d, size in enumerate(sizes.clamp(min=1).unbind(1)):
+        length = size.unsqueeze(1)
+        start, end = index * length // cells, -(-(index + 1) * length // cells)
+        position = torch.arange(x.shape[2 + d], device=x.device).unsqueeze(1)
+        inside = (position >= start.unsqueeze(1)) & (position < end.unsqueeze(1))
+        share = inside.to(x.dtype) / (end - start).unsqueeze(1)
+        share = share.unflatten(0, (-1, *(1,) * (rank - 1)))
+        x = (x.movedim(2 + d, -1) @ share).movedim(-1, 2 + d)
+    return x.flatten(1)
