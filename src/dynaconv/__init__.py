@@ -11,6 +11,7 @@ from dynaconv.layers.learned_stride import stride_cost
 from dynaconv.masked import MaskedSequential
 from dynaconv.masking import Padded, mask_from_sizes, pad_batch, unpad_batch
 from dynaconv.registry import families, register_family
+from dynaconv.warehouse import share_kernels
 
 __version__ = "0.1.0"
 __all__ = [
@@ -31,6 +32,7 @@ __all__ = [
     "parameter_groups",
     "register_family",
     "select",
+    "share_kernels",
     "stride_cost",
     "unpad_batch",
     *layers.__all__,

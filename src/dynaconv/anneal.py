@@ -7,7 +7,9 @@ from torch import nn
 from dynaconv.layers.base import DynamicConv
 
 
-def anneal(model: nn.Module, progress: float, start: float = 30.0, end: float = 1.0) -> float:
+def anneal(
+    model: nn.Module, progress: float, start: float | None = None, end: float | None = None
+) -> None:
     """Sets the temperature of every layer that has one: linear from `start` to `end`.
 
     Call it before each step or epoch. There is no state to save: the temperature is a buffer of
@@ -17,23 +19,25 @@ def anneal(model: nn.Module, progress: float, start: float = 30.0, end: float = 
     Args:
         model: any module with dynamic layers.
         progress: 0 at the start, 1 at the end of the annealing; more counts as 1.
-        start, end: temperatures, above 0.
-
-    Returns:
-        The temperature set.
+        start, end: temperatures; None takes the family's own: 30 and 1 for a softmax, 1 and 0
+            where a temperature only blends (`DynamicConv.temperatures`).
 
     Raises:
-        ValueError: a negative progress, or a temperature that is not above 0.
+        ValueError: a negative progress, or a temperature below 0, or of 0 for a softmax.
     """
     if not progress >= 0:
         raise ValueError(f"progress={progress} must be at least 0")
-    if not (start > 0 and end > 0):
-        raise ValueError(f"temperatures must be above 0, got start={start}, end={end}")
-    temperature = start + (end - start) * min(float(progress), 1.0)
-    for module in model.modules():
-        if isinstance(module, DynamicConv) and hasattr(module, "temperature"):
-            module.temperature.fill_(temperature)  # type: ignore[operator]
-    return temperature
+    layers = [m for m in model.modules() if isinstance(m, DynamicConv)]
+    temperatures: dict[DynamicConv, float] = {}
+    for layer in layers:
+        own_start, own_end = layer.temperatures
+        first, last = own_start if start is None else start, own_end if end is None else end
+        if min(first, last) < 0 or (min(first, last) == 0 and own_end > 0):
+            raise ValueError(f"temperatures must be above 0, got start={first}, end={last}")
+        temperatures[layer] = first + (last - first) * min(float(progress), 1.0)
+    for layer, temperature in temperatures.items():
+        if hasattr(layer, "temperature"):
+            layer.temperature.fill_(temperature)  # type: ignore[operator]
 
 
 def parameter_groups(model: nn.Module, lr: float) -> list[dict[str, Any]]:

@@ -178,7 +178,8 @@ def _class_for(module: ConvNd, target: Family) -> type[DynamicConv] | None:
 
 def _replacement(conv: ConvNd, target: Family, exact: bool, options: dict[str, Any]) -> DynamicConv:
     cls = _class_for(conv, target)
-    assert cls is not None
+    if cls is None:
+        raise ValueError(f"{target.name} has no form for {type(conv).__name__}")
     try:
         return cls.from_conv(conv, **options)
     except ValueError:

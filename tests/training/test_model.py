@@ -4,7 +4,7 @@ from torch import nn
 
 from dynaconv.registry import family, names
 from dynaconv.training.model import Config, build, dynamic_layers, predict
-from dynaconv.training.unet import UNet
+from dynaconv.training.unet import Enlarge, UNet
 
 TWO_D = [name for name in names() if 2 in family(name).classes]
 
@@ -39,10 +39,12 @@ def test_build_depends_on_the_seed_alone_and_leaves_the_random_numbers():
 def test_every_family_starts_from_the_same_static_network(layer):
     static = build(Config(widths=[4, 8, 8]))
     dynamic = build(Config(widths=[4, 8, 8], layer=layer))
+    enlarges = family(layer).classes[2].static[2] is nn.ConvTranspose2d
+    places = ("enlarge.",) if enlarges else ("encoder", "bottleneck")
     assert list(dynamic_layers(dynamic)) == [
         name
         for name, module in static.named_modules()
-        if isinstance(module, nn.Conv2d) and name.startswith(("encoder", "bottleneck"))
+        if isinstance(module, nn.Conv2d | Enlarge) and name.startswith(places)
     ]
     same = {n: p for n, p in static.named_parameters() if n.startswith(("stem", "decoder", "head"))}
     state = dict(dynamic.named_parameters())

@@ -4,11 +4,11 @@ import pytest
 import torch
 
 import dynaconv
-from dynaconv import convert, pad_batch, unpad_batch
+from dynaconv import pad_batch, unpad_batch
 from dynaconv.masking import replicate_edges
 from dynaconv.registry import families
 from dynaconv.testing import close
-from dynaconv.training.unet import UNet
+from dynaconv.training.model import STATIC, Config, build
 
 SIZES = [(17, 30), (24, 9), (24, 30), (8, 11)]
 NAMES = [name for name, family in families().items() if 2 in family.classes]
@@ -21,11 +21,7 @@ def images(filler=1e3):
 
 def unet(layer=None):
     torch.manual_seed(0)
-    model = UNet(3, 5, (4, 6, 8)).double()
-    if layer is not None:
-        where = dynaconv.select(name="encoder|bottleneck", kernel_size=3)
-        convert(model, layer, where, exact=False, inplace=True)
-    return model
+    return build(Config(classes=5, widths=[4, 6, 8], layer=layer or STATIC)).double()
 
 
 @pytest.mark.parametrize("layer", [None, *NAMES])

@@ -50,6 +50,8 @@ class DynamicConv(nn.Module):
     exact_options: ClassVar[dict[str, Any]] = {}
     # Learning-rate factors of submodules or parameters that the paper trains slower or faster.
     lr_factors: ClassVar[dict[str, float]] = {}
+    # Of the buffer `temperature`, where a family has one, at the start and the end of annealing.
+    temperatures: ClassVar[tuple[float, float]] = (30.0, 1.0)
     # Whether the output has the size that nn.ConvNd's has; if not, `output_mask` tells it.
     sized_like_conv: ClassVar[bool] = True
     # Submodules whose cost is the convolution itself, not the making of its kernel.

@@ -11,7 +11,7 @@ from dynaconv.layers.base import at_least, conv_nd
 from dynaconv.layers.interleave import interleave
 from dynaconv.layers.upsampler import Upsampler
 from dynaconv.registry import register_family
-from dynaconv.shapes import Geometry, IntOrTuple
+from dynaconv.shapes import Geometry
 
 
 @register_family("carafe", primitive="conv_per_position", paper="Wang et al., ICCV 2019")
@@ -35,15 +35,7 @@ class CARAFE(Upsampler):
         encoder_kernel, encoder_dilation: of the encoder's convolution, odd kernels.
     """
 
-    def __init__(
-        self,
-        in_channels: int,
-        out_channels: int,
-        kernel_size: IntOrTuple = 5,
-        *geometry: Any,
-        **options: Any,
-    ) -> None:
-        super().__init__(in_channels, out_channels, kernel_size, *geometry, **options)
+    window = 5
 
     def build(
         self,

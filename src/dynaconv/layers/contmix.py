@@ -34,14 +34,20 @@ class ContMixConv(DynamicConv):
 
     Args:
         heads: kernels a position (twice the published num_heads).
-        small_size: kernel size of the small kernels; odd, as kernel_size is.
+        small_size: kernel size of the small kernels, odd, as kernel_size is; None takes the
+            published 5, or kernel_size where that is smaller.
         regions: regions along each dimension.
         position_bias: whether there is one.
     """
 
     def build(
-        self, heads: int = 4, small_size: int = 5, regions: int = 7, position_bias: bool = True
+        self,
+        heads: int = 4,
+        small_size: int | None = None,
+        regions: int = 7,
+        position_bias: bool = True,
     ) -> None:
+        small_size = min(5, *self.kernel_size) if small_size is None else small_size
         at_least(1, heads=heads, small_size=small_size, regions=regions)
         self._check_geometry(small_size)
         hidden, channels = self.in_channels // 2, self.out_channels

@@ -3,14 +3,14 @@
 from math import isqrt
 from typing import Any
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dynaconv.functional import conv
 from dynaconv.layers.attention import SafeBatchNorm
 from dynaconv.layers.base import ConvNd, DynamicConv, at_least, conv_nd, positive
-from dynaconv.masking import masked_mean, sizes_from_mask
+from dynaconv.layers.regions import region_means
+from dynaconv.masking import masked_mean
 from dynaconv.registry import register_family
 from dynaconv.shapes import same_padding
 
@@ -82,8 +82,7 @@ class DCDConv(DynamicConv):
 
     def generate(self, x: Tensor, mask: Tensor | None) -> dict[str, Tensor]:
         """`scale` Lambda (N, C_out) and `phi` (N, blocks, L, L)."""
-        pooled = masked_mean(x, mask) if self.pool == 1 else _cell_means(x, mask, self.pool)
-        h = self.fc(pooled)
+        h = self.fc(region_means(x, mask, (self.pool,) * self.rank).flatten(1))
         h = h * _hsigmoid(self.se(h))
         phi = self.fc_phi(h).unflatten(1, (self.blocks, self.latent, self.latent))
         return {"scale": _hsigmoid(self.fc_scale(h)), "phi": phi}
@@ -139,21 +138,3 @@ class DCDConv(DynamicConv):
 def _hsigmoid(v: Tensor) -> Tensor:
     """From 0 to 2, and 1 at 0: twice the usual."""
     return F.relu6(v + 3) / 3
-
-
-def _cell_means(x: Tensor, mask: Tensor | None, cells: int) -> Tensor:
-    """Means over `cells` cells a dimension, (N, C, *L) -> (N, C * cells^D).
-
-    Cells are those of adaptive average pooling, over what is real of each sample.
-    """
-    rank, index = x.dim() - 2, torch.arange(cells, device=x.device)
-    sizes = torch.tensor([x.shape[2:]], device=x.device) if mask is None else sizes_from_mask(mask)
-    for d, size in enumerate(sizes.clamp(min=1).unbind(1)):
-        length = size.unsqueeze(1)
-        start, end = index * length // cells, -(-(index + 1) * length // cells)
-        position = torch.arange(x.shape[2 + d], device=x.device).unsqueeze(1)
-        inside = (position >= start.unsqueeze(1)) & (position < end.unsqueeze(1))
-        share = inside.to(x.dtype) / (end - start).unsqueeze(1)
-        share = share.unflatten(0, (-1, *(1,) * (rank - 1)))
-        x = (x.movedim(2 + d, -1) @ share).movedim(-1, 2 + d)
-    return x.flatten(1)

@@ -235,6 +235,8 @@ class DDFUpsample(_Decoupled, Upsampler):
         gather_size: kernel_size of gather, odd; 1 leaves it out.
     """
 
+    window = 3
+
     def build(
         self,
         combine: str = "mul",

@@ -1,5 +1,6 @@
 """DRConv: each region of the input has a kernel of its own (Chen, CVPR 2021)."""
 
+from functools import partial, reduce
 from typing import Any
 
 import torch
@@ -62,12 +63,12 @@ class DRConv(DynamicConv):
 
     def _pooled(self, x: Tensor, mask: Tensor | None) -> Tensor:
         """The mean of x over a grid of the kernel's size, each sample over its real positions."""
-        pool = POOLS[self.rank - 1]
+        pool = partial(POOLS[self.rank - 1], output_size=self.kernel_size)  # type: ignore[arg-type]
         if mask is None:
-            return pool(x, self.kernel_size)
+            return pool(x)
         if not mask.any():
             return x.new_zeros(*x.shape[:2], *self.kernel_size)
-        return each_size(lambda part: pool(part, self.kernel_size), x, mask).data
+        return each_size(pool, x, mask).data
 
     def kernels(self, input: Tensor, padding_mask: Tensor | None = None) -> dict[str, Tensor]:
         """`regions` (N, 1, *L_out), each position's region, and `kernel` as in `generate`."""
@@ -79,13 +80,10 @@ class DRConv(DynamicConv):
         soft = torch.softmax(guide, 1)
         hard = torch.zeros_like(guide).scatter(1, guide.argmax(1, keepdim=True), 1)
         share = hard + (soft - soft.detach())  # the value of hard, the gradient of soft
-        output: Tensor | None = None
-        for r, weight in enumerate(kernel.chunk(self.regions, 1)):
-            part = self.convolve_samples(x, weight, None)
-            part = part * share[:, r : r + 1].to(part.dtype)
-            output = part if output is None else output + part
-        assert output is not None
-        return self.add_bias(output)
+        share = share.to(kernel.dtype)
+        kernels = enumerate(kernel.chunk(self.regions, 1))
+        parts = (self.convolve_samples(x, w, None) * share[:, r : r + 1] for r, w in kernels)
+        return self.add_bias(reduce(torch.add, parts))
 
     def init_from(self, conv: ConvNd) -> None:
         """Every region's kernel is the convolution's; nothing generated is added yet."""

@@ -13,7 +13,6 @@ from dynaconv.layers.interleave import interleave
 from dynaconv.layers.upsampler import Upsampler
 from dynaconv.masking import replicate_edges
 from dynaconv.registry import register_family
-from dynaconv.shapes import IntOrTuple
 
 STYLES = ("lp", "pl")
 MODES = {1: "linear", 2: "bilinear", 3: "trilinear"}
@@ -44,15 +43,7 @@ class DySample(Upsampler):
         dyscope: a learned range of the offsets.
     """
 
-    def __init__(
-        self,
-        in_channels: int,
-        out_channels: int,
-        kernel_size: IntOrTuple = 1,
-        *geometry: Any,
-        **options: Any,
-    ) -> None:
-        super().__init__(in_channels, out_channels, kernel_size, *geometry, **options)
+    window = 1
 
     def build(
         self, style: str = "lp", offset_groups: int | None = None, dyscope: bool = False

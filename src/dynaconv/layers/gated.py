@@ -32,7 +32,8 @@ class GatedConv(DynamicConv):
     noise is added to m (`noise`, an attribute; the authors switch it off in the last fifth of the
     epochs) and g has the gradient of sigmoid(m / T); on ImageNet T falls from 5 to 1
     (`dynaconv.anneal(model, progress, start=5)`). In evaluation g is the plain threshold, and
-    where few positions are active only those are computed.
+    where at most a quarter of the positions is active only those are computed (with one group, more
+    than one tap, outside torch.compile, where it is the faster way).
 
     The gates stay open unless they cost something: `with dynaconv.collect_costs() as costs:`
     around a forward pass collects the active share of every layer, and `sparsity_loss` makes the
@@ -85,7 +86,7 @@ class GatedConv(DynamicConv):
         return self.convolve(x, gate)
 
     def convolve(self, x: Tensor, gate: Tensor) -> Tensor:  # type: ignore[override]
-        if not self.training and not torch.compiler.is_compiling() and gate.numel():
+        if self._picks() and gate.numel():
             active = gate.squeeze(1) > 0
             if active.sum() <= SPARSE * active.numel():
                 return self._where(active, x)
@@ -93,6 +94,11 @@ class GatedConv(DynamicConv):
         place = (self.stride, padding, self.dilation, self.groups)
         output = conv(x, self.weight, self.bias, *place)
         return output * gate.to(output.dtype)
+
+    def _picks(self) -> bool:
+        """Whether computing few positions alone can be faster: not for one tap or few channels."""
+        deep = self.groups == 1 and prod(self.kernel_size) > 1
+        return deep and not self.training and not torch.compiler.is_compiling()
 
     def _where(self, active: Tensor, x: Tensor) -> Tensor:
         """The convolution at the active positions (N, *L_out) alone, 0 elsewhere."""
@@ -103,12 +109,9 @@ class GatedConv(DynamicConv):
         sample, position = active.flatten(1).nonzero(as_tuple=True)
         places = taps.T[position] + sample.unsqueeze(1) * cells
         # Rows of channels lie together, so that a tap is one copy.
-        rows = x.movedim(1, -1).reshape(-1, self.in_channels)[places]
-        seen = rows.unflatten(2, (self.groups, -1))
-        kernel = self.weight.flatten(2).unflatten(0, (self.groups, -1))
-        made = torch.einsum("akgc,gock->ago", seen, kernel).flatten(1)
-        if self.bias is not None:
-            made = made + self.bias.to(made.dtype)
+        seen = x.movedim(1, -1).reshape(-1, self.in_channels)[places]
+        kernel = self.weight.flatten(2).transpose(1, 2).flatten(1)
+        made = F.linear(seen.flatten(1), kernel, self.bias)
         output = made.new_zeros(*active.shape, self.out_channels)
         output[active] = made
         return output.movedim(-1, 1)
@@ -135,7 +138,6 @@ class GatedConv(DynamicConv):
                 "in_channels": 4,
                 "out_channels": 4,
                 "kernel_size": 2,
-                "stride": 2,
                 "groups": 2,
                 "bias": False,
                 "temperature": 2.0,

@@ -61,7 +61,7 @@ class KernelWarehouseConv(DynamicConv):
 
     beta is 1 where mixture i owns cell j: at tau = 1 the layer is static, each of its cells a cell
     of the warehouse; at tau = 0 it mixes all cells, with signs. The paper lowers tau from 1 to 0
-    over the first 10 to 20 epochs: `dynaconv.anneal(model, progress, start=1, end=0)`. A fresh
+    over the first 10 to 20 epochs: `dynaconv.anneal(model, progress)`. A fresh
     layer has tau = 0, one `from_conv` has tau = 1, where the scores do not learn yet.
 
     A layer alone has a warehouse of its own; `dynaconv.share_kernels` gives one to many layers.
@@ -81,6 +81,7 @@ class KernelWarehouseConv(DynamicConv):
     causality = "pooled"
     warehouse: Warehouse
     assigned: Tensor
+    temperatures = (1.0, 0.0)
     temperature: Tensor
 
     def build(

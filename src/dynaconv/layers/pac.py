@@ -1,4 +1,4 @@
-"""PAC: pixel-adaptive convolution, plain and transposed (Su, CVPR 2019)."""
+"""PAC: pixel-adaptive convolution (Su, CVPR 2019)."""
 
 from typing import Any
 
@@ -7,11 +7,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dynaconv.functional import conv_per_position
-from dynaconv.functional.conv_on_grid import sample
 from dynaconv.layers.base import ConvNd, DynamicConv, without_autocast
-from dynaconv.layers.transposed import Transposed
 from dynaconv.layers.windows import framed, windows
-from dynaconv.masking import sizes_from_mask
 from dynaconv.registry import register_family
 from dynaconv.shapes import Geometry
 
@@ -29,11 +26,11 @@ class PACConv(DynamicConv):
     lie over the input, by default the input itself. The centre of an even kernel is tap k // 2.
 
     `kernel="inv"` takes K = alpha + (|f_i - f_j|^2 + 1e-4)^(power / 2), both learned; published
-    without defaults for them. `asymmetric` counts only channels in which f_j exceeds f_i. With
-    `normalize` the K of a window are divided by their sum over real positions, and with
-    `shared_filters` one filter W serves every channel by itself. `blend` = g is not published: it
-    takes 1 + g (K - 1) for K with a learned g, so that `from_conv`, which takes g = 0, starts from
-    the plain convolution.
+    without defaults for them, and only a negative power favours what is alike. `asymmetric` counts
+    only channels in which f_j exceeds f_i. With `normalize` the K of a window are divided by their
+    sum over real positions, and with `shared_filters` one filter W serves every channel by itself.
+    `blend` = g is not published: it takes 1 + g (K - 1) for K with a learned g, so that
+    `from_conv`, which takes g = 0, starts from the plain convolution.
 
     Args:
         kernel: "gaussian" or "inv".
@@ -84,7 +81,9 @@ class PACConv(DynamicConv):
         self.blend = None if blend is None else nn.Parameter(torch.tensor(float(blend)))
         kernels = self.initial_kernels()
         # As published, a shared filter has C_in times the bound of one over C_in channels.
-        self.weight = nn.Parameter(self.in_channels * kernels[:1, :1] if shared_filters else kernels)
+        self.weight = nn.Parameter(
+            self.in_channels * kernels[:1, :1] if shared_filters else kernels
+        )
 
     def forward(
         self, input: Tensor, padding_mask: Tensor | None = None, guide: Tensor | None = None
@@ -213,64 +212,6 @@ class PACConv(DynamicConv):
             square | {"asymmetric": True, "smooth": "gaussian", "shared_filters": True},
             square | {"kernel_size": 2, "bias": False, "stride": 2},
         ]
-
-
-@register_family("pac_transpose", primitive="conv", paper="Su et al., CVPR 2019")
-class PACConvTranspose(Transposed, PACConv):
-    """PAC that enlarges, as nn.ConvTransposeNd does, with a guide of the output's size.
-
-        y_o = sum_k K(f_o, f_{o'}) W[k] x_i + b    over o = stride i - padding + dilation k,
-        o' = o + dilation (c - k), where c is the centre
-
-    Where no guide is given it is the input, enlarged linearly: f at o is x at
-    (o + padding - dilation (k - 1) / 2) / stride, the nearest end where that lies outside. Kernels
-    are kept as those of nn.ConvNd (published: tap order reversed, the two channel dimensions
-    swapped); `kernels` gives K in the order in which windows see the spread input, last tap first.
-
-    Args: as in PACConv.
-    """
-
-    def frame(self, x: Tensor) -> Tensor:
-        """x with stride - 1 zeros between positions, so that windows at stride 1 are y's."""
-        spread = x.new_zeros(*x.shape[:2], *self._spread_size(tuple(x.shape[2:])))
-        spread[(..., *(slice(None, None, s) for s in self.stride))] = x
-        widths: list[int] = []
-        for d in reversed(range(self.rank)):
-            around = self.dilation[d] * (self.kernel_size[d] - 1) - self.geometry().padding[d]
-            widths += [around, around + self.output_padding[d]]
-        return F.pad(spread, widths)
-
-    def _spread_size(self, size: tuple[int, ...]) -> list[int]:
-        return [(n - 1) * s + 1 for n, s in zip(size, self.stride, strict=True)]
-
-    def frame_guide(self, guide: Tensor) -> Tensor:
-        """Padded for windows whose centres are the output's positions."""
-        widths: list[int] = []
-        for k, step in zip(reversed(self.kernel_size), reversed(self.dilation), strict=True):
-            widths += [step * (k // 2), step * (k - 1 - k // 2)]
-        return F.pad(guide, widths)
-
-    def steps(self) -> Geometry:
-        ones, zeros = (1,) * self.rank, (0,) * self.rank
-        return Geometry(self.kernel_size, ones, zeros, self.dilation)
-
-    def filters(self) -> Tensor:
-        return self.weight.flip(tuple(range(2, 2 + self.rank)))
-
-    def guide_mask(self, mask: Tensor) -> Tensor:
-        return self.output_mask(mask)
-
-    def default_guide(self, x: Tensor, mask: Tensor | None) -> Tensor:
-        full = torch.tensor([x.shape[2:]], device=x.device)
-        ends = (full if mask is None else sizes_from_mask(mask)) - 1
-        dtype = torch.promote_types(x.dtype, torch.float32)
-        grid = []
-        for d, length in enumerate(self.output_size(tuple(x.shape[2:]))):
-            offset = self.geometry().padding[d] - self.dilation[d] * (self.kernel_size[d] - 1) / 2
-            place = (torch.arange(length, device=x.device, dtype=dtype) + offset) / self.stride[d]
-            inside = torch.minimum(place.clamp(min=0), ends[:, d, None].clamp(min=0).to(dtype))
-            grid.append(inside.expand(x.shape[0], -1))
-        return sample(x.to(dtype), grid)
 
 
 def _hold(module: nn.Module, name: str, value: Tensor, learned: bool) -> None:

@@ -1,6 +1,6 @@
 """What layers that enlarge their input share: `stride` says how many times."""
 
-from typing import Any, Self
+from typing import Any, ClassVar, Self
 
 import torch
 from torch import Tensor
@@ -13,17 +13,20 @@ from dynaconv.shapes import IntOrTuple, Padding, check_padding
 class Upsampler(DynamicConv):
     """(N, C_in, *L) to (N, C_out, *L * stride).
 
-    The arguments of nn.ConvNd, with `stride` as in nn.ConvTransposeNd: output positions for each
-    input position. Windows are centred and dense, so padding and dilation stay at their defaults.
+    The arguments of nn.ConvNd (`kernel_size` may be left out), with `stride` as in
+    nn.ConvTransposeNd: output positions for each input position. Windows are centred and dense,
+    so padding and dilation stay at their defaults.
     """
 
     static = CONV_TRANSPOSES
+    # The published kernel_size.
+    window: ClassVar[int]
 
     def __init__(
         self,
         in_channels: int,
         out_channels: int,
-        kernel_size: IntOrTuple,
+        kernel_size: IntOrTuple | None = None,
         stride: IntOrTuple = 2,
         padding: Padding = 0,
         dilation: IntOrTuple = 1,
@@ -35,6 +38,7 @@ class Upsampler(DynamicConv):
         **options: Any,
     ) -> None:
         place = {"padding_mode": padding_mode, "device": device, "dtype": dtype}
+        kernel_size = self.window if kernel_size is None else kernel_size
         geometry = (kernel_size, stride, padding, dilation, groups, bias)
         super().__init__(in_channels, out_channels, *geometry, **place, **options)  # type: ignore[arg-type]
         given = check_padding(padding, (1,) * self.rank, self.rank)

@@ -39,7 +39,7 @@ def check_family(name: str) -> int:
 
 def checks(arguments: Arguments) -> list[Check]:
     """Those that apply to a layer of these arguments."""
-    return CHECKS + [check_causal] if arguments.get("causal") else CHECKS
+    return [*CHECKS, check_causal] if arguments.get("causal") else CHECKS
 
 
 # Tools -------------------------------------------------------------------------------------

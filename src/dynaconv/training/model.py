@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from dynaconv.convert import convert, select
 from dynaconv.layers.base import DynamicConv
+from dynaconv.registry import family
 from dynaconv.training.unet import UNet
 
 STATIC = "static"
@@ -68,9 +69,20 @@ def build(config: Config) -> UNet:
         torch.manual_seed(config.seed)
         model = UNet(3, config.classes, config.widths)
         if config.layer != STATIC:
-            where = select(name=config.where, kernel_size=3)
-            convert(model, config.layer, where, exact=False, inplace=True, **config.options)
+            cls = family(config.layer).classes[2]
+            if cls.static[2] is nn.ConvTranspose2d:
+                enlarge_by(model, cls, config)
+            else:
+                where = select(name=config.where, kernel_size=3)
+                convert(model, config.layer, where, exact=False, inplace=True, **config.options)
     return model
+
+
+def enlarge_by(model: UNet, cls: type[DynamicConv], config: Config) -> None:
+    """Puts layers of a family that enlarges in the places of bilinear interpolation."""
+    for i, channels in enumerate(reversed(config.widths[1:])):
+        doubling = nn.ConvTranspose2d(channels, channels, 4, stride=2, padding=1)
+        model.enlarge[i] = cls.like(doubling, **config.options)
 
 
 def normalise(image: Tensor) -> Tensor:

@@ -63,6 +63,7 @@ class UNet(nn.Module):
         self.encoder = nn.ModuleList(double(a, b) for a, b in pairs[:-1])
         self.bottleneck = double(pairs[-1][0], last)
         self.decoder = nn.ModuleList(double(a + b, a) for a, b in reversed(pairs))
+        self.enlarge = nn.ModuleList(Enlarge() for _ in self.decoder)
         self.head = nn.Conv2d(first, classes, 1)
         self.halve = nn.MaxPool2d(2)
         self.multiple = 2 ** len(widths)
@@ -81,10 +82,11 @@ class UNet(nn.Module):
         for block in [*self.encoder, self.bottleneck]:
             x, mask = apply(block, *apply(self.halve, x, mask))
             skips.append(x)
-        for block, skip in zip(self.decoder, reversed(skips[:-1]), strict=True):
-            x, mask = enlarge(x, mask)
+        steps = zip(self.enlarge, self.decoder, reversed(skips[:-1]), strict=True)
+        for enlarge, block, skip in steps:
+            x, mask = apply(enlarge, x, mask)
             x, mask = apply(block, torch.cat((x, skip), dim=1), mask)
-        x, _ = enlarge(*apply(self.head, x, mask))
+        x, _ = bilinear(*apply(self.head, x, mask))
         return x[..., :height, :width]
 
     def _padded(self, image: Tensor, mask: Tensor | None) -> Padded:
@@ -97,7 +99,20 @@ class UNet(nn.Module):
         return Padded(x, mask_from_sizes(sizes + -sizes % self.multiple, x.shape[2:]))
 
 
-def enlarge(x: Tensor, mask: Tensor | None) -> Padded:
+class Enlarge(nn.Module):
+    """Twice the height and width: (N, C, H, W) to (N, C, 2 H, 2 W). No weights.
+
+    A layer of the same sizes may take its place.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        return bilinear(x, None).data
+
+    def masked_forward(self, x: Tensor, mask: Tensor | None) -> Padded:
+        return bilinear(x, mask)
+
+
+def bilinear(x: Tensor, mask: Tensor | None) -> Padded:
     """Twice the height and width by linear interpolation, at borders from what is real alone."""
     if mask is not None:
         x = replicate_edges(x, mask)
