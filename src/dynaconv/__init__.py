@@ -3,10 +3,12 @@
 from dynaconv import backends, functional, layers, masked  # noqa: F401 - importing backends registers them
 from dynaconv.analyze import analyze
 from dynaconv.anneal import anneal, parameter_groups
+from dynaconv.catalogue import catalogue
 from dynaconv.convert import convert, select
 from dynaconv.dispatch import backend, explain
 from dynaconv.layers import *  # noqa: F403 - made by the registry
-from dynaconv.layers.adaptive_stride import collect_costs
+from dynaconv.layers.costs import collect_costs
+from dynaconv.layers.gated import sparsity_loss
 from dynaconv.layers.learned_stride import stride_cost
 from dynaconv.masked import MaskedSequential
 from dynaconv.masking import Padded, mask_from_sizes, pad_batch, unpad_batch
@@ -20,6 +22,7 @@ __all__ = [
     "analyze",
     "anneal",
     "backend",
+    "catalogue",
     "collect_costs",
     "convert",
     "explain",
@@ -33,6 +36,7 @@ __all__ = [
     "register_family",
     "select",
     "share_kernels",
+    "sparsity_loss",
     "stride_cost",
     "unpad_batch",
     *layers.__all__,

@@ -96,3 +96,22 @@ def resolve_padding(
         input = F.pad(input, extra) if any(extra) else input
         resolved = before
     return input, Geometry(kernel, stride, tuple(resolved), dilation)  # type: ignore[arg-type]
+
+
+def windows(x: Tensor, geometry: Geometry) -> Tensor:
+    """What the kernel sees at every output position: x (N, C, *L) as a view (N, C, *K, *L_out).
+
+    x is padded already.
+    """
+    rank = len(geometry.kernel)
+    for d, (k, s, step) in enumerate(
+        zip(geometry.kernel, geometry.stride, geometry.dilation, strict=True)
+    ):
+        x = x.unfold(2 + d, step * (k - 1) + 1, s)[..., ::step]
+    positions, taps = range(2, 2 + rank), range(2 + rank, 2 + 2 * rank)
+    return x.permute(0, 1, *taps, *positions)
+
+
+def zero_padded(x: Tensor, geometry: Geometry) -> Tensor:
+    """x (N, C, *L) with the geometry's zeros around it."""
+    return F.pad(x, [p for pad in reversed(geometry.padding) for p in (pad, pad)])

@@ -205,6 +205,17 @@ def test_offset(rank):
     assert reach[0] > 1, "steps do not add up"
 
 
+@ranks
+@pytest.mark.parametrize("norm", ["group", "batch"])
+def test_padding_has_no_part_in_the_statistics(rank, norm):
+    geometry = {"kernel_size": 3, "stride": 1, "padding": 1, "dilation": 1, "groups": 1}
+    layer, x, _ = make("snake", rank, geometry, norm=norm)
+    padded, mask = dynaconv.pad_batch([x[0], torch.zeros(4, *[7] * rank)])
+    alone, together = layer.train()(x[:1]), layer(padded[:1], mask[:1])
+    size = tuple(slice(length) for length in x.shape[2:])
+    close(together[(..., *size)], alone, "padded, in training")
+
+
 def test_axis():
     axis = lambda size, **options: cls_of(3)(4, 6, size, **options).axis
     assert axis(3) == axis((2, 3, 3)) == 2
@@ -222,6 +233,7 @@ def test_refusals():
         ("chain of one tap", lambda: snake(4, 6, 1)),
         ("chain of one tap", lambda: snake(4, 6, (1, 3), axis=0)),
         ("in the other dimensions", lambda: snake.from_conv(nn.Conv2d(4, 6, 3))),
+        ("spans 9 positions", lambda: snake(4, 6, 9, padding=1)(torch.zeros(1, 4, 6, 9))),
         ("border='zeros' starts as it", lambda: snake.from_conv(straight, border="clamp")),
     ):
         with pytest.raises(ValueError, match=text):

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dynaconv.dispatch import Backend, Problem, register_backend
-from dynaconv.shapes import Geometry, enlarged_size
+from dynaconv.shapes import Geometry, enlarged_size, windows, zero_padded
 
 CONV_TRANSPOSES = {1: F.conv_transpose1d, 2: F.conv_transpose2d, 3: F.conv_transpose3d}
 
@@ -22,7 +22,7 @@ def conv(
     input: Tensor, weight: Tensor, bias: Tensor | None, geometry: Geometry, groups: int
 ) -> Tensor:
     """y[n, o, p] = b[o] + sum_{c, k} weight[o, c, k] * window[n, c, k, p]."""
-    window, size = windows(input, geometry)
+    window, size = padded_windows(input, geometry)
     columns = window.flatten(2 + len(size)).flatten(2, -2).unflatten(1, (groups, -1))
     kernel = weight.flatten(2).unflatten(0, (groups, -1))
     output = torch.einsum("gock,ngckp->ngop", kernel, columns).flatten(1, 2)
@@ -35,7 +35,7 @@ def conv_per_sample(
     input: Tensor, weight: Tensor, bias: Tensor | None, geometry: Geometry, groups: int
 ) -> Tensor:
     """y[n, o, p] = b[n, o] + sum_{c, k} weight[n, o, c, k] * window[n, c, k, p]."""
-    window, size = windows(input, geometry)
+    window, size = padded_windows(input, geometry)
     columns = window.flatten(2 + len(size)).flatten(2, -2).unflatten(1, (groups, -1))
     kernel = weight.flatten(3).unflatten(1, (groups, -1))
     output = torch.einsum("ngock,ngckp->ngop", kernel, columns).flatten(1, 2)
@@ -62,7 +62,7 @@ def conv_mixture(
 def conv_per_position(input: Tensor, weight: Tensor, geometry: Geometry) -> Tensor:
     """y[n, g, c, p] = sum_k weight[n, g, k, p] * window[n, g, c, k, p]."""
     groups = weight.shape[1]
-    window, _ = windows(input, geometry)
+    window, _ = padded_windows(input, geometry)
     window = window.unflatten(1, (groups, -1))
     over_taps = tuple(range(3, 3 + len(geometry.kernel)))
     return (weight.unsqueeze(2) * window).sum(over_taps).flatten(1, 2)
@@ -162,17 +162,10 @@ def deform_conv_transpose(
     return output.unflatten(2, size)
 
 
-def windows(input: Tensor, geometry: Geometry) -> tuple[Tensor, tuple[int, ...]]:
+def padded_windows(input: Tensor, geometry: Geometry) -> tuple[Tensor, tuple[int, ...]]:
     """What the kernel sees at every output position: a view (N, C, *K, *L_out), and L_out."""
-    rank = len(geometry.kernel)
-    view = F.pad(input, [p for pad in reversed(geometry.padding) for p in (pad, pad)])
-    for d, (k, s, step) in enumerate(
-        zip(geometry.kernel, geometry.stride, geometry.dilation, strict=True)
-    ):
-        view = view.unfold(2 + d, step * (k - 1) + 1, s)[..., ::step]
-    size = tuple(view.shape[2 : 2 + rank])
-    positions, taps = range(2, 2 + rank), range(2 + rank, 2 + 2 * rank)
-    return view.permute(0, 1, *taps, *positions), size
+    view = windows(zero_padded(input, geometry), geometry)
+    return view, tuple(view.shape[2 + len(geometry.kernel) :])
 
 
 def tap_positions(

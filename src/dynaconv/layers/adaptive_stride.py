@@ -1,7 +1,6 @@
 """The stride chosen per input: each sample's output has a size of its own."""
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from math import ceil, log
 from typing import Any
 
@@ -13,10 +12,9 @@ from dynaconv.functional._checks import check_output
 from dynaconv.functional.conv_on_grid import sample
 from dynaconv.layers.attention import Regulator
 from dynaconv.layers.base import ConvNd, DynamicConv, at_least, positive
+from dynaconv.layers.costs import add_cost
 from dynaconv.masking import Padded, crop, pad_batch, sizes_from_mask
 from dynaconv.registry import register_family
-
-_collecting: list[list[Tensor]] = []
 
 
 @register_family(
@@ -77,8 +75,7 @@ class AdaptiveStrideConv(DynamicConv):
         """Padded, or with `restore` a tensor (N, C_out, *L_out)."""
         x, mask = self.prepare(input, padding_mask)
         stride = self.generate(x, mask)["stride"]
-        for costs in _collecting:
-            costs.append((stride.new_tensor(self.stride) / stride).prod(1).mean())
+        add_cost(lambda: (stride.new_tensor(self.stride) / stride).prod(1).mean())
         data, kept = self.strided(x, mask, stride)
         if self.restore:
             data = self.restored(data, stride, self.output_size(tuple(x.shape[2:])))
@@ -173,22 +170,3 @@ class AdaptiveStrideConv(DynamicConv):
                 "min_hidden": 4,
             },
         ]
-
-
-@contextmanager
-def collect_costs() -> Iterator[list[Tensor]]:
-    """Inside, every adaptive stride adds to the list what its convolution costs.
-
-    That is the mean over the batch of prod(stride / s): 1 at first, 1 / 4 at twice the stride in
-    2-D. The cost is differentiable in the strides.
-
-    >>> with dynaconv.collect_costs() as costs:
-    ...     output = model(x)
-    >>> loss = criterion(output, y) + 0.1 * torch.stack(costs).mean()
-    """
-    costs: list[Tensor] = []
-    _collecting.append(costs)
-    try:
-        yield costs
-    finally:
-        _collecting.pop()

@@ -10,7 +10,6 @@ from dynaconv.functional import conv
 from dynaconv.layers.attention import SafeBatchNorm
 from dynaconv.layers.base import ConvNd, DynamicConv, at_least, conv_nd, positive
 from dynaconv.layers.regions import region_means
-from dynaconv.masking import masked_mean
 from dynaconv.registry import register_family
 from dynaconv.shapes import same_padding
 

@@ -9,11 +9,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dynaconv.functional import conv
-from dynaconv.layers.adaptive_stride import _collecting
 from dynaconv.layers.base import ConvNd, DynamicConv, conv_nd, positive, without_autocast
-from dynaconv.layers.windows import framed, windows
+from dynaconv.layers.costs import add_cost
+from dynaconv.layers.framed import framed
 from dynaconv.masking import masked_mean
 from dynaconv.registry import register_family
+from dynaconv.shapes import windows
 
 OPEN = 2.0  # the logit of a gate that starts open: a sigmoid of 0.88, not yet flat
 # Up to this share of active positions picking their windows is the faster way.
@@ -31,7 +32,7 @@ class GatedConv(DynamicConv):
     residual block of 3x3 convolutions). In training the output is computed everywhere, logistic
     noise is added to m (`noise`, an attribute; the authors switch it off in the last fifth of the
     epochs) and g has the gradient of sigmoid(m / T); on ImageNet T falls from 5 to 1
-    (`dynaconv.anneal(model, progress, start=5)`). In evaluation g is the plain threshold, and
+    (`dynaconv.anneal(model, progress)`). In evaluation g is the plain threshold, and
     where at most a quarter of the positions is active only those are computed (with one group, more
     than one tap, outside torch.compile, where it is the faster way).
 
@@ -46,6 +47,7 @@ class GatedConv(DynamicConv):
     """
 
     exact_options = {"noise": False}
+    temperatures = (5.0, 1.0)
     temperature: Tensor
 
     def build(self, noise: bool = True, temperature: float = 1.0) -> None:
@@ -80,9 +82,8 @@ class GatedConv(DynamicConv):
 
     def compute(self, x: Tensor, mask: Tensor | None) -> Tensor:
         gate = self.generate(x, mask)["gate"]
-        for costs in _collecting:
-            real = gate.numel() if mask is None else self.output_mask(mask).sum().clamp(min=1)
-            costs.append(gate.sum() / real)
+        real = gate.numel() if mask is None else self.output_mask(mask).sum().clamp(min=1)
+        add_cost(lambda: gate.sum() / real)
         return self.convolve(x, gate)
 
     def convolve(self, x: Tensor, gate: Tensor) -> Tensor:  # type: ignore[override]

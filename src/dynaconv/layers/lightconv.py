@@ -11,7 +11,7 @@ from dynaconv.functional import conv, conv_per_position
 from dynaconv.layers.base import ConvNd, DynamicConv, at_least, conv_nd
 from dynaconv.layers.centres import at_centres
 from dynaconv.registry import register_family
-from dynaconv.shapes import Padding, resolve_padding
+from dynaconv.shapes import Padding, resolve_padding, windows, zero_padded
 
 
 class _Light(DynamicConv):
@@ -212,12 +212,7 @@ class DynamicLightConv(_Light):
         real, geometry = resolve_padding(
             real, self.kernel_size, self.stride, padding, self.dilation
         )
-        real = F.pad(real, [p for pad in reversed(geometry.padding) for p in (pad, pad)])
-        for d, (k, s, step) in enumerate(
-            zip(self.kernel_size, self.stride, self.dilation, strict=True)
-        ):
-            real = real.unfold(2 + d, step * (k - 1) + 1, s)[..., ::step]
-        return real.flatten(2 + self.rank).movedim(-1, 2)
+        return windows(zero_padded(real, geometry), geometry).flatten(2, 1 + self.rank)
 
     def generate_next(self, seen: Tensor, real: Tensor) -> dict[str, Tensor]:
         inside = self._inside(real.unsqueeze(0), 0) if self.renorm_padding else None

@@ -8,9 +8,9 @@ from torch import Tensor, nn
 
 from dynaconv.functional import conv_per_position
 from dynaconv.layers.base import ConvNd, DynamicConv, without_autocast
-from dynaconv.layers.windows import framed, windows
+from dynaconv.layers.framed import framed
 from dynaconv.registry import register_family
-from dynaconv.shapes import Geometry
+from dynaconv.shapes import Geometry, windows
 
 CONVOLUTIONS = (F.conv1d, F.conv2d, F.conv3d)
 EPSILON = 1e-4  # keeps the power of a distance of 0 finite

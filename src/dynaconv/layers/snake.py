@@ -7,12 +7,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dynaconv.functional import deform_conv
+from dynaconv.functional._checks import check_output
 from dynaconv.layers.attention import SafeBatchNorm
 from dynaconv.layers.base import ConvNd, DynamicConv, conv_nd, positive, without_autocast
 from dynaconv.layers.sampling import around_centres, zero_
 from dynaconv.layers.ska import masked_group_norm
 from dynaconv.masking import sizes_from_mask
 from dynaconv.registry import register_family
+from dynaconv.shapes import IntOrTuple
 
 BORDERS = ("clamp", "zeros")
 NORMS = ("group", "batch")
@@ -78,19 +80,16 @@ class SnakeConv(DynamicConv):
             self.offset_conv = conv_nd(self.rank, self.in_channels, made, 3, self.stride)
             self.norm = nn.GroupNorm(self.taps, made) if norm == "group" else SafeBatchNorm(made)
 
-    @property
-    def axis(self) -> int:
-        """The dimension along which the chain lies."""
-        axis = self.options.get("axis")
+    def resolve_kernel_size(self, kernel_size: IntOrTuple) -> tuple[int, ...]:
+        """The window's size; settles the axis, for `kernel_shape`."""
+        size, axis = super().resolve_kernel_size(kernel_size), self.options.get("axis")
         if axis is None:
-            return max(range(self.rank), key=lambda d: (self.kernel_size[d], d))
+            axis = max((k, d) for d, k in enumerate(size))[1]
         if axis not in range(-self.rank, self.rank):
             raise ValueError(f"axis={axis!r}; give {-self.rank} ... {self.rank - 1}")
-        return axis % self.rank
-
-    @property
-    def taps(self) -> int:
-        return self.kernel_size[self.axis]
+        self.axis = axis % self.rank
+        self.taps = size[self.axis]
+        return size
 
     def kernel_shape(self) -> tuple[int, ...]:
         chain = (self.taps if d == self.axis else 1 for d in range(self.rank))
@@ -100,6 +99,8 @@ class SnakeConv(DynamicConv):
 
     def generate(self, x: Tensor, mask: Tensor | None) -> dict[str, Tensor]:
         """offset (N, taps * D, *L_out), from the straight chain, as `deform_conv` lays it out."""
+        if self.padding != "same":
+            check_output(type(self).__name__, tuple(x.shape[2:]), self.geometry())
         # Positions need more digits than half precision has: no autocast here.
         with without_autocast(x.device.type):
             offset = self.extend_scope * self.swing(x, mask)

@@ -7,7 +7,7 @@ new family has its pictures at once.
 import textwrap
 from collections.abc import Callable
 from dataclasses import dataclass
-from math import ceil, floor, log10, prod
+from math import ceil, floor, log10, prod, sqrt
 from typing import Any
 
 import torch
@@ -19,7 +19,7 @@ from matplotlib.ticker import MaxNLocator
 from torch import Tensor
 
 from dynaconv.training.model import dynamic_layers, kernels, kernels_of, look, normalise
-from dynaconv.training.pictures import frame, panels, show_image
+from dynaconv.training.pictures import frame, paint, panels, show_image
 from dynaconv.training.unet import UNet
 
 Kernels = dict[str, Tensor]
@@ -27,20 +27,23 @@ BLUE = "#4477aa"
 SHARES = ("#4477aa", "#ee6677", "#228833", "#ccbb44", "#66ccee", "#aa3377", "#bbbbbb")
 ARROWS = 12  # arrows along a side
 KERNELS = 5  # per-position kernels along a side
+TILES = 16  # small matrices in a panel
 BARS_WITH_NUMBERS = 6
+TAPS_WITH_NUMBERS = 25
 
 
 @dataclass(frozen=True)
 class Ground:
     """What a panel is drawn over: `image` (3, H, W), and its size once padded for the model.
 
-    `window` is the layer's kernel size, `seen` the size of the map that the layer gets.
+    `window` is the layer's kernel size, `seen` the size of the map that the layer gets; where
+    that is not known, lengths are in positions of the map that is drawn.
     """
 
     image: Tensor
     padded: tuple[int, int]
     window: tuple[int, ...]
-    seen: tuple[int, int] = (1, 1)
+    seen: tuple[int, ...] = ()
 
     def cell(self, positions: Tensor) -> tuple[float, float]:
         """Height and width in pixels of a position of a map (..., h, w)."""
@@ -49,8 +52,13 @@ class Ground:
 
     def pixels(self, lengths: Tensor) -> tuple[float, float]:
         """Height and width in pixels of (2,) lengths in positions of the layer's map."""
-        high, wide = (p / n for p, n in zip(self.padded, self.seen, strict=True))
+        high, wide = self.step(self.padded)
         return float(lengths[0]) * high, float(lengths[1]) * wide
+
+    def step(self, size: tuple[int, ...]) -> tuple[float, float]:
+        """Height and width in pixels of a position of the layer's map, else of one of `size`."""
+        height, width = self.seen or size
+        return self.padded[0] / height, self.padded[1] / width
 
 
 # Draws values (no batch dimension) and returns what their numbers say.
@@ -68,7 +76,7 @@ def draw_kernels(model: UNet, image: Tensor, most: int = 4) -> Figure:
 
 
 def _draw(model: UNet, image: Tensor, most: int) -> tuple[Figure, Kernels]:
-    """The figure of `draw_kernels`, and what the first layer made."""
+    """The figure of `draw_kernels`, and of each quantity in it what the first layer made."""
     both = look(
         model, lambda layer, x: (kernels(layer, *x), x[0].shape[-2:]), normalise(image)[None]
     )
@@ -87,10 +95,11 @@ def _draw(model: UNet, image: Tensor, most: int) -> tuple[Figure, Kernels]:
         for row, key in enumerate(k for k in keys if k in found[name]):
             cell = axes[row, column]
             cell.axis("on")
-            values = found[name][key][0].float()
+            values = view(key, found[name][key][0].float())
             said = drawer(key, values, ground)(cell, values, ground)
             cell.set_title(f"{name}\n{key}: {said}" if row == 0 else f"{key}: {said}")
-    return figure, next(iter(found.values()))
+    made = [found[name] for name in reversed(chosen)]
+    return figure, {key: layer[key] for key in keys for layer in made if key in layer}
 
 
 def draw_with_captions(model: UNet, image: Tensor, most: int = 4) -> Figure:
@@ -110,18 +119,30 @@ def spread(names: list[str], most: int) -> list[str]:
     return [names[round(i * (len(names) - 1) / steps)] for i in range(most)]
 
 
+def view(key: str, values: Tensor) -> Tensor:
+    """What is drawn of a quantity, where its shape alone would mislead."""
+    return VIEWS.get(key, lambda same: same)(values)
+
+
+VIEWS: dict[str, Callable[[Tensor], Tensor]] = {
+    "channel_filter": lambda filters: filters.flatten(0, -3),
+    "local": lambda factors: factors.mean((0, 1)),
+    # The mean over taps that share 1 would be the same everywhere.
+    "modulation": lambda factors: factors.amax(0, keepdim=True),
+    "shares": lambda shares: shares.mean(1),
+}
+
+
 def drawer(key: str, values: Tensor, ground: Ground) -> Drawer:
     """The picture for a quantity, by its name where that says more than its shape."""
     if key == "offset" and values.dim() == 3 and values.shape[0] % 2 == 0:
         return draw_offsets
-    if key == "spatial" and values.numel() == prod(ground.window):
+    if key in ("spatial", "local", "mask") and values.numel() == prod(ground.window):
         return draw_taps
     if key in PAIRS and values.shape == (2,):
         return PAIRS[key]
-    if key == "size" and values.dim() == 3:
-        return draw_over
-    if key == "positions" and values.dim() == 2:
-        return draw_positions
+    if (key, values.dim()) in BY_NAME:
+        return BY_NAME[key, values.dim()]
     if values.numel() == 1:
         return draw_number
     return BY_DIMENSIONS.get(values.dim(), draw_shape)
@@ -129,15 +150,20 @@ def drawer(key: str, values: Tensor, ground: Ground) -> Drawer:
 
 def captions(kernels: Kernels) -> list[str]:
     """What a newcomer sees in the panels of a layer's quantities, a sentence each."""
-    return [f"{key}: {_caption(key, values[0].dim())}" for key, values in kernels.items()]
+    return [f"{key}: {_caption(key, kernels)}" for key in kernels]
 
 
-def _caption(key: str, dimensions: int) -> str:
+def _caption(key: str, kernels: Kernels) -> str:
+    dimensions = kernels[key].dim() - 1
     if key == "coefficients" and dimensions == 2:
         return (
             "for every output channel (left to right, sorted), how much of it comes from each "
             "kernel size; branch 1 is the smallest. Chosen anew for each image."
         )
+    if key == "weight" and dimensions == 4:
+        return MEANINGS["kernel"]
+    if key == "scale" and "phi" in kernels:
+        return MEANINGS["filter"]
     return MEANINGS.get(key, "what the layer made of this image.")
 
 
@@ -147,15 +173,42 @@ MEANINGS = {
         "looks instead of its regular place. Arrows are enlarged as the title says; lengths in "
         "the title are in positions of the layer's feature map."
     ),
-    "modulation": "how much the taps count at each position, the mean over taps.",
+    "modulation": "at each position, how much the tap counts that counts most there.",
     "coefficients": "the weight of each expert kernel in the kernel that is used on this image.",
     "weight": (
-        "the kernel that the layer made for that very place in the image (first channel group); "
-        "red is negative, blue positive."
+        "the kernel, or a factor on each of its taps, that the layer made for that very place in "
+        "the image (first channel group); where colours go below 0, red is negative, blue "
+        "positive."
+    ),
+    "small_weight": "the same for the smaller of the layer's two kernels.",
+    "update": "the part of the kernel that the layer made for that very place (first head).",
+    "kernel": (
+        "how large the kernel that is used on this image is at each tap, over all channels (and "
+        "regions)."
+    ),
+    "channel_filter": (
+        "the kernel of each channel, made from this image; at a position it is combined with the "
+        "weight made there."
     ),
     "channel": "a factor on each input channel, made from this image; the line is their mean.",
     "filter": "a factor on each output channel, made from this image; the line is their mean.",
     "spatial": "a factor on each tap of the kernel, made from this image.",
+    "local": "a factor on each weight of the kernel, made from this image; its mean at each tap.",
+    "bands": (
+        "a map for each band of frequencies, from low to high: how much it counts at each position."
+    ),
+    "shares": (
+        "a kernel for each expert: its share in the kernel that is used on this image, at each "
+        "tap, the mean over channels."
+    ),
+    "bias_shares": "for every output channel, each expert's share in the bias.",
+    "attention": (
+        "how much of each cell of the warehouse (left to right) is in each part of the kernel "
+        "(top to bottom); red is negative, blue positive."
+    ),
+    "phi": "the matrix, made from this image, that mixes the layer's few latent channels.",
+    "gate": "the image where the layer computes, dark where it leaves the convolution out.",
+    "regions": "the image in parts, a colour each: every part has a kernel of its own.",
     "size": (
         "how far the kernel reaches, in positions of the layer's feature map: a box for the whole "
         "image, or a map over it, bright where the kernel is large."
@@ -179,8 +232,8 @@ def draw_offsets(axes: Axes, values: Tensor, ground: Ground) -> str:
     longest = length.argmax(0).expand(1, 2, -1, -1)
     arrow = shifts.gather(0, longest)[0]
     rows, columns = (_places(n, ARROWS) for n in values.shape[1:])
-    high, wide = ground.cell(values)
-    dy, dx = arrow[0][rows][:, columns] * high, arrow[1][rows][:, columns] * wide
+    (high, wide), (down, across) = ground.cell(values), ground.step(values.shape[1:])
+    dy, dx = arrow[0][rows][:, columns] * down, arrow[1][rows][:, columns] * across
     y, x = torch.meshgrid((rows + 0.5) * high, (columns + 0.5) * wide, indexing="ij")
     spacing = min(ground.padded[0] / len(rows), ground.padded[1] / len(columns))
     enlarged = _enlargement(torch.hypot(dy, dx), spacing)
@@ -208,7 +261,7 @@ def draw_per_position(axes: Axes, values: Tensor, ground: Ground) -> str:
     height, width = ground.image.shape[1:]
     show_image(frame(axes), ground.image, alpha=0.45)
     high, wide = ground.cell(values)
-    limit = float(kernels.abs().quantile(0.99)) or 1.0
+    style, said = colour_scale(kernels)
     count = min(KERNELS, *kernels.shape[-2:])
     for i in range(count):
         for j in range(count):
@@ -219,11 +272,17 @@ def draw_per_position(axes: Axes, values: Tensor, ground: Ground) -> str:
             )
             extent = (left, left + 0.7 * width / count, top + 0.7 * height / count, top)
             kernel = kernels[:, :, row, column].numpy()
-            axes.imshow(kernel, cmap="RdBu", vmin=-limit, vmax=limit, extent=extent, zorder=2)
+            axes.imshow(kernel, extent=extent, zorder=2, **style)
     _to_image(axes, ground)
-    return (
-        f"{kernels.shape[0]}x{kernels.shape[1]} at {count}x{count} places\ncolours to ±{limit:.2g}"
-    )
+    return f"{kernels.shape[0]}x{kernels.shape[1]} at {count}x{count} places\ncolours {said}"
+
+
+def colour_scale(values: Tensor) -> tuple[dict[str, Any], str]:
+    """Colours from 0 up, or around 0 where some are negative, and their range in words."""
+    limit = float(values.abs().flatten().quantile(0.99)) or float(values.abs().max()) or 1.0
+    if values.min() < 0:
+        return {"cmap": "RdBu", "vmin": -limit, "vmax": limit}, f"to ±{limit:.2g}"
+    return {"cmap": "Blues", "vmin": 0, "vmax": limit}, f"0 to {limit:.2g}"
 
 
 def draw_map(axes: Axes, values: Tensor, ground: Ground) -> str:
@@ -245,6 +304,28 @@ def draw_over(axes: Axes, values: Tensor, ground: Ground) -> str:
     _to_image(axes, ground)
     _colour_bar(axes, drawn)
     return f"{values.min():.1f} to {values.max():.1f} positions"
+
+
+def draw_gate(axes: Axes, values: Tensor, ground: Ground) -> str:
+    """values (1, h, w) from 0 to 1: the image, dark where they are 0."""
+    height, width = ground.padded
+    show_image(frame(axes), ground.image)
+    dark: dict[str, Any] = {"cmap": "gray", "vmin": 0, "vmax": 1, "extent": (0, width, height, 0)}
+    axes.imshow(torch.zeros_like(values[0]), alpha=0.8 * (1 - values[0].numpy()), **dark)
+    _to_image(axes, ground)
+    return f"on at {values.mean():.0%} of positions"
+
+
+def draw_regions(axes: Axes, values: Tensor, ground: Ground) -> str:
+    """values (1, h, w), whole numbers: a colour each over the image."""
+    height, width = ground.padded
+    region = values[0].long()
+    found, counts = region.unique(return_counts=True)
+    show_image(frame(axes), ground.image)
+    colours = paint(region, int(region.max()) + 1)
+    axes.imshow(colours, alpha=0.6, extent=(0, width, height, 0))
+    _to_image(axes, ground)
+    return f"{len(found)} regions\nlargest {counts.max() / counts.sum():.0%}"
 
 
 def draw_extent(axes: Axes, values: Tensor, ground: Ground) -> str:
@@ -286,10 +367,12 @@ def draw_taps(axes: Axes, values: Tensor, ground: Ground) -> str:
     low, high = float(values.min()), float(values.max())
     # Only the lighter half of the colours, so that the numbers stay readable.
     frame(axes).imshow(taps.numpy(), cmap="Blues", vmin=low, vmax=2 * high - low + 1e-6)
+    if taps.numel() > TAPS_WITH_NUMBERS:
+        return f"{low:.2f} to {high:.2f}"
     for row, line in enumerate(taps.tolist()):
         for column, value in enumerate(line):
             axes.text(column, row, f"{value:.2f}", ha="center", va="center")
-    return f"{values.min():.2f} to {values.max():.2f}"
+    return f"{low:.2f} to {high:.2f}"
 
 
 def draw_bars(axes: Axes, values: Tensor, ground: Ground) -> str:
@@ -336,6 +419,32 @@ def draw_kernel(axes: Axes, values: Tensor, ground: Ground) -> str:
     return f"norm {size.min():.2f} to {size.max():.2f}"
 
 
+def draw_tiles(axes: Axes, values: Tensor, ground: Ground) -> str:
+    """values (n, a, b): the first matrices side by side, from left to right and down."""
+    shown = values[:TILES]
+    columns = ceil(sqrt(len(shown)))
+    height, gap = values.shape[1] / values.shape[2], 0.05
+    style, _ = colour_scale(shown)
+    for i, tile in enumerate(shown):
+        row, column = divmod(i, columns)
+        top, bottom = row * height + gap, (row + 1) * height - gap
+        extent = (column + gap, column + 1 - gap, bottom, top)
+        drawn = axes.imshow(tile.numpy(), extent=extent, **style)
+    frame(axes).set(xlim=(0, columns), ylim=(ceil(len(shown) / columns) * height, 0))
+    axes.axis("off")
+    _colour_bar(axes, drawn)
+    first = f"{len(shown)} of {len(values)}, " if len(values) > TILES else ""
+    return f"{first}{shown.min():.2f} to {shown.max():.2f}"
+
+
+def draw_table(axes: Axes, values: Tensor, ground: Ground) -> str:
+    """values (rows, columns) as colours."""
+    style, _ = colour_scale(values)
+    _colour_bar(axes, frame(axes).imshow(values.numpy(), aspect="auto", **style))
+    axes.set_box_aspect(1)
+    return f"{values.min():.2f} to {values.max():.2f}"
+
+
 def draw_number(axes: Axes, values: Tensor, ground: Ground) -> str:
     """One value."""
     axes.axis("off")
@@ -353,13 +462,25 @@ def draw_shape(axes: Axes, values: Tensor, ground: Ground) -> str:
 
 BY_DIMENSIONS: dict[int, Drawer] = {
     1: draw_bars,
-    2: draw_shares,
+    2: draw_table,
     3: draw_map,
     4: draw_kernel,
     5: draw_per_position,
 }
 
-
+# Of so many dimensions.
+BY_NAME: dict[tuple[str, int], Drawer] = {
+    ("bands", 3): draw_tiles,
+    ("bias_shares", 2): draw_shares,
+    ("channel_filter", 3): draw_tiles,
+    ("coefficients", 2): draw_shares,
+    ("gate", 3): draw_gate,
+    ("phi", 3): draw_tiles,
+    ("positions", 2): draw_positions,
+    ("regions", 3): draw_regions,
+    ("shares", 3): draw_tiles,
+    ("size", 3): draw_over,
+}
 # Quantities of a whole image, a number each for height and width.
 PAIRS: dict[str, Drawer] = {"size": draw_extent, "stride": draw_steps}
 

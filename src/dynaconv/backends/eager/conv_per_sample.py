@@ -148,7 +148,7 @@ def unfold_backward(
     gw = weight.new_empty(len(weight), weight.shape[1], prod(weight.shape[2:]))
     numbers = prod(weight.shape[2:]) * prod(grad.shape[2:])
     for part in few_at_a_time(len(input), max(1, CHUNK // numbers)):
-        window, size = reference.windows(input[part], geometry)
+        window, size = reference.padded_windows(input[part], geometry)
         columns = window.flatten(2 + len(size)).flatten(1, -2)
         torch.bmm(grad[part].flatten(2), columns.transpose(1, 2), out=gw[part])
     return [input, gw.reshape(weight.shape)]
