@@ -1,6 +1,6 @@
 """All families in one table: what follows the input, and what it costs for a given convolution."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -8,9 +8,16 @@ from torch import nn
 
 from dynaconv.analyze import analyze
 from dynaconv.layers.base import ConvNd
-from dynaconv.layers.upsampler import Upsampler
+from dynaconv.layers.transposed import CONV_TRANSPOSES
 from dynaconv.registry import Family, families
 
+INTRODUCTION = """# Families
+
+What `dynaconv families --markdown` prints. Classes exist with the dimension at the end of their
+name: `DyConv2d`, transposed `DyConvTranspose2d`; causal ones take `causal=True`. Parameters and
+MACs are those beyond the static convolution's (nn.Conv2d(64, 64, 3, padding=1) on 56x56, if no
+other is given), with the family's defaults; below zero where a family mixes no channels. Layers
+that enlarge are compared with nn.ConvTranspose2d(64, 64, 2, stride=2)."""
 HEAD = ("family", "class", "what", "forms", "parameters", "MACs", "paper")
 
 
@@ -62,8 +69,9 @@ def catalogue(conv: ConvNd | None = None, size: Sequence[int] | int = 56) -> lis
 
 def _entry(family: Family, conv: ConvNd, x: torch.Tensor) -> Entry:
     cls = family.classes[x.dim() - 2]
-    if issubclass(cls, Upsampler):
-        conv = cls.static[cls.rank](conv.in_channels, conv.in_channels, 2, stride=2)
+    if cls.static is CONV_TRANSPOSES:
+        make: Callable[..., ConvNd] = CONV_TRANSPOSES[cls.rank]
+        conv = make(conv.in_channels, conv.in_channels, 2, stride=2)
     try:
         with torch.random.fork_rng(devices=[]):
             layer = cls.like(conv).eval()
@@ -74,8 +82,17 @@ def _entry(family: Family, conv: ConvNd, x: torch.Tensor) -> Entry:
     return Entry(family, row.parameters - static.parameters, row.macs - static.macs)
 
 
-def markdown(entries: Sequence[Entry]) -> str:
+def table(entries: Iterable[Entry]) -> str:
     """The table in Markdown."""
-    lines = [HEAD, ("---",) * 4 + ("---:",) * 2 + ("---",)]
+    lines: list[tuple[str, ...]] = [HEAD, ("---",) * 4 + ("---:",) * 2 + ("---",)]
     lines += [(f"`{name}`", f"`{cls}`", *rest) for name, cls, *rest in (e.cells() for e in entries)]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines) + "\n"
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def page(entries: Sequence[Entry]) -> str:
+    """The table as a page in Markdown, with the reasons why some have no costs."""
+    notes = [f"- `{e.family.name}`: {e.note}" for e in entries if e.note]
+    parts = [INTRODUCTION, table(entries)]
+    if notes:
+        parts.append("\n".join(["Without costs:", "", *notes]))
+    return "\n\n".join(parts) + "\n"

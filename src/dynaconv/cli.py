@@ -388,15 +388,31 @@ def _inspect_text(model: "TextNet", config: "TextConfig", text: str, out: Path, 
 
 
 @app.command()
-def families() -> None:
-    """Lists the families of dynamic convolution."""
-    from dynaconv.registry import families as registered
+@told()
+def families(
+    channels: Annotated[str, Option(help="Input and output channels of a convolution.")] = "64,64",
+    kernel: Annotated[int, Option(min=1, help="Its kernel size.")] = 3,
+    size: Annotated[int, Option(min=1, help="Height and width (or length) of its input.")] = 56,
+    rank: Annotated[int, Option("--dimensions", min=1, max=3)] = 2,
+    markdown: Annotated[bool, Option("--markdown", help="As a page.")] = False,
+) -> None:
+    """Lists the families: what follows the input, and what each costs beyond a convolution."""
+    from dynaconv.catalogue import catalogue, page
+    from dynaconv.layers.base import conv_nd
 
-    lines = [
-        [family.name, family.summary, ", ".join(f"{rank}-D" for rank in family.ranks)]
-        for family in registered().values()
-    ]
-    _print_table(["name", "what", "dimensions"], *lines, numbers=False)
+    given = _numbers("--channels", channels)
+    if len(given) != 2 or min(given) < 1:
+        raise InputError(f"--channels {channels!r}: give input and output channels, e.g. 64,64")
+    entries = catalogue(conv_nd(rank, *given, kernel, padding=kernel // 2), size)
+    if markdown:
+        typer.echo(page(entries), nl=False)
+        return
+    lines = []
+    for entry in entries:
+        name, _, what, forms, parameters, macs, _ = entry.cells()
+        lines.append([name, f"{what} ({forms})", parameters, macs])
+    _print_table(["name", "what follows the input", "parameters", "MACs"], *lines, wraps=1)
+    _say(f"Beyond nn.Conv{rank}d({given[0]}, {given[1]}, {kernel}) on {size} positions a dimension")
 
 
 def _check_layer(name: str, option: str, rank: int) -> None:
@@ -459,10 +475,12 @@ def _progress() -> Progress:
     )
 
 
-def _print_table(head: list[str], *lines: list[str], numbers: bool = True) -> None:
+def _print_table(head: list[str], *lines: list[str], wraps: int | None = None) -> None:
+    """A name and numbers a line; the column `wraps` is text that may be broken."""
     table = Table(box=None, padding=(0, 2, 0, 0), pad_edge=False)  # fits 80 columns
     for i, title in enumerate(head):
-        table.add_column(title, justify="right" if numbers and i else "left", no_wrap=numbers)
+        left = i in (0, wraps)
+        table.add_column(title, justify="left" if left else "right", no_wrap=i != wraps)
     for line in lines:
         table.add_row(*line)
     _console().print(table)

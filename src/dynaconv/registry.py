@@ -87,14 +87,29 @@ def _transposed(cls: type["DynamicConv"], rank: int) -> type["DynamicConv"]:
     return _at_rank(cls, rank, "Transpose", Transposed)
 
 
-def families() -> dict[str, Family]:
-    """All families by name, those of other packages (entry points) included."""
+class Families(dict[str, Family]):
+    """Families by name. As text: the table of what follows the input and what that costs.
+
+    `dynaconv.catalogue(conv, size)` gives the costs for a convolution of yours.
+    """
+
+    def __str__(self) -> str:
+        from dynaconv.catalogue import catalogue, table
+
+        return table(entry for entry in catalogue() if entry.family.name in self)
+
+
+def families() -> Families:
+    """All families by name, those of other packages (entry points) included.
+
+    `print(dynaconv.families())` shows them in a table.
+    """
     global _outside_loaded
     if not _outside_loaded:
         _outside_loaded = True
         for entry in entry_points(group=ENTRY_POINTS):
             entry.load()
-    return dict(_families)
+    return Families(_families)
 
 
 def names() -> list[str]:

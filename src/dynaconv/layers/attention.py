@@ -54,6 +54,22 @@ def masked_batch_norm(norm: _BatchNorm, input: Tensor, mask: Tensor) -> Tensor:
     return output
 
 
+def masked_group_norm(norm: nn.GroupNorm, x: Tensor, mask: Tensor | None) -> Tensor:
+    """`norm` of x (N, C, *L) with the statistics of the real positions; mask (N, *L)."""
+    if mask is None:
+        return norm(x)
+    real = mask.unflatten(0, (-1, 1, 1))
+    groups = x.unflatten(1, (norm.num_groups, -1))
+    groups = groups.to(torch.promote_types(x.dtype, torch.float32))
+    over = tuple(range(2, groups.dim()))
+    count = (real.sum(over, keepdim=True) * groups.shape[2]).clamp(min=1)
+    centred = groups - groups.masked_fill(~real, 0).sum(over, keepdim=True) / count
+    variance = centred.masked_fill(~real, 0).square().sum(over, keepdim=True) / count
+    normal = (centred * (variance + norm.eps).rsqrt()).flatten(1, 2).to(x.dtype)
+    shape = (-1, *[1] * (x.dim() - 2))
+    return normal * norm.weight.reshape(shape) + norm.bias.reshape(shape)
+
+
 class Squeeze(nn.Module):
     """What a sample is about: relu(norm(fc(mean(x)))), (N, C, *L) -> (N, hidden).
 

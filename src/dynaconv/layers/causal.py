@@ -19,7 +19,7 @@ class State(NamedTuple):
 
     window: Tensor  # (N, C_in, at most past + 1), the positions that the kernel reaches
     total: Tensor  # (N, C_in), the sum of all positions so far
-    count: int  # of them
+    length: int  # of them
 
 
 def check(layer: "DynamicConv") -> None:
@@ -76,11 +76,11 @@ def step(layer: "DynamicConv", x: Tensor, state: State | None) -> tuple[Tensor, 
     if state is None:
         state = State(x.new_empty(*x.shape, 0), torch.zeros_like(_sums(x)), 0)
     window = torch.cat([state.window, x.unsqueeze(2)], 2)[..., -layer.past - 1 :]
-    state = State(window, state.total + _sums(x), state.count + 1)
+    state = State(window, state.total + _sums(x), state.length + 1)
     past = F.pad(window, (layer.past + 1 - window.shape[2], 0))
-    real = torch.arange(-layer.past - 1, 0, device=x.device).unsqueeze(0) >= -state.count
+    real = torch.arange(-layer.past - 1, 0, device=x.device).unsqueeze(0) >= -state.length
     if layer.causality == "pooled":
-        seen = (state.total / state.count).to(x.dtype).unsqueeze(2)
+        seen = (state.total / state.length).to(x.dtype).unsqueeze(2)
     else:
         seen = x.unsqueeze(2) if layer.causality == "pointwise" else past
     return layer.convolve(past, **layer.generate_next(seen, real)).squeeze(2), state

@@ -14,7 +14,9 @@ from dynaconv.masking import masked_mean
 from dynaconv.registry import register_family
 
 
-@register_family("idconv", primitive="conv_per_sample", paper="Lou et al., arXiv 2023")
+@register_family(
+    "idconv", primitive="conv_per_sample", paper="Lou et al., arXiv 2023", transposed=True
+)
 class IDConv(DynamicConv):
     """Experts mixed anew for each sample, output channel and tap, from the input pooled to K.
 

@@ -51,7 +51,9 @@ class CellScores(nn.Module):
         return torch.cat([before, own, after, none], 2) + self.bias
 
 
-@register_family("kernel_warehouse", primitive="conv_per_sample", paper="Li et al., ICML 2024")
+@register_family(
+    "kernel_warehouse", primitive="conv_per_sample", paper="Li et al., ICML 2024", transposed=True
+)
 class KernelWarehouseConv(DynamicConv):
     """Each cell of the kernel is a mixture, per sample, of the cells e_j in a warehouse.
 

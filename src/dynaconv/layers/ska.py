@@ -4,11 +4,10 @@ from functools import partial
 from math import gcd, prod
 from typing import Any
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dynaconv.layers.attention import SafeBatchNorm
+from dynaconv.layers.attention import SafeBatchNorm, masked_group_norm
 from dynaconv.layers.base import ConvNd, DynamicConv, at_least, conv_nd
 from dynaconv.layers.centres import at_centres
 from dynaconv.registry import register_family
@@ -125,19 +124,3 @@ class SKAConv(DynamicConv):
 def _real(x: Tensor, mask: Tensor | None) -> Tensor:
     """x, zero where mask is False."""
     return x if mask is None else x.masked_fill(~mask.unsqueeze(1), 0)
-
-
-def masked_group_norm(norm: nn.GroupNorm, x: Tensor, mask: Tensor | None) -> Tensor:
-    """`norm` of x (N, C, *L) with the statistics of the real positions; mask (N, *L)."""
-    if mask is None:
-        return norm(x)
-    real = mask.unflatten(0, (-1, 1, 1))
-    groups = x.unflatten(1, (norm.num_groups, -1))
-    groups = groups.to(torch.promote_types(x.dtype, torch.float32))
-    over = tuple(range(2, groups.dim()))
-    count = (real.sum(over, keepdim=True) * groups.shape[2]).clamp(min=1)
-    centred = groups - groups.masked_fill(~real, 0).sum(over, keepdim=True) / count
-    variance = centred.masked_fill(~real, 0).square().sum(over, keepdim=True) / count
-    normal = (centred * (variance + norm.eps).rsqrt()).flatten(1, 2).to(x.dtype)
-    shape = (-1, *[1] * (x.dim() - 2))
-    return normal * norm.weight.reshape(shape) + norm.bias.reshape(shape)

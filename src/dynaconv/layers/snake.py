@@ -8,10 +8,9 @@ from torch import Tensor, nn
 
 from dynaconv.functional import deform_conv
 from dynaconv.functional._checks import check_output
-from dynaconv.layers.attention import SafeBatchNorm
+from dynaconv.layers.attention import SafeBatchNorm, masked_group_norm
 from dynaconv.layers.base import ConvNd, DynamicConv, conv_nd, positive, without_autocast
 from dynaconv.layers.sampling import around_centres, zero_
-from dynaconv.layers.ska import masked_group_norm
 from dynaconv.masking import sizes_from_mask
 from dynaconv.registry import register_family
 from dynaconv.shapes import IntOrTuple

@@ -49,9 +49,20 @@ class Transposed(DynamicConv):
                 f"{padding!r}, {padding_mode!r}"
             )
         self.output_padding = ntuple(output_padding, self.rank, "output_padding", minimum=0)
-        place: dict[str, Any] = {"device": device, "dtype": dtype}
-        geometry = (kernel_size, stride, padding, dilation, groups, bias)
-        super().__init__(in_channels, out_channels, *geometry, **place, **options)
+        super().__init__(
+            in_channels,
+            out_channels,
+            kernel_size,
+            stride,
+            padding,
+            dilation,
+            groups,
+            bias,
+            padding_mode,
+            device,
+            dtype,
+            **options,
+        )
         for extra, s, d in zip(self.output_padding, self.stride, self.dilation, strict=True):
             if extra >= max(s, d):
                 raise ValueError(
@@ -88,9 +99,8 @@ class Transposed(DynamicConv):
         modulation: Tensor | None = None,
     ) -> Tensor:
         weight = swap_channels(weight, self.groups, 0)
-        return deform_conv_transpose(
-            x, offset, weight, bias, *self._geometry(), modulation=modulation
-        )
+        geometry = (*self._geometry(), modulation)
+        return deform_conv_transpose(x, offset, weight, bias, *geometry)
 
     def _geometry(self) -> tuple[Any, ...]:
         """stride, padding, output_padding, groups and dilation, as torch.nn.functional has them."""
@@ -117,7 +127,10 @@ class Transposed(DynamicConv):
     @classmethod
     def samples(cls, rank: int) -> list[dict[str, Any]]:
         """The family's own, enlarging."""
-        changes = [{"stride": 2, "padding": 1, "output_padding": 1}, {"dilation": (2,) * rank}]
+        changes: list[dict[str, Any]] = [
+            {"stride": 2, "padding": 1, "output_padding": 1},
+            {"dilation": (2,) * rank},
+        ]
         chosen = [a for a in super().samples(rank) if not a.get("causal")]
         plain = [
             {k: v for k, v in a.items() if k not in ("padding", "padding_mode")} for a in chosen

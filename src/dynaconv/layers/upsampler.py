@@ -37,10 +37,20 @@ class Upsampler(DynamicConv):
         dtype: torch.dtype | None = None,
         **options: Any,
     ) -> None:
-        place = {"padding_mode": padding_mode, "device": device, "dtype": dtype}
-        kernel_size = self.window if kernel_size is None else kernel_size
-        geometry = (kernel_size, stride, padding, dilation, groups, bias)
-        super().__init__(in_channels, out_channels, *geometry, **place, **options)  # type: ignore[arg-type]
+        super().__init__(
+            in_channels,
+            out_channels,
+            self.window if kernel_size is None else kernel_size,
+            stride,
+            padding,
+            dilation,
+            groups,
+            bias,
+            padding_mode,
+            device,
+            dtype,
+            **options,
+        )
         given = check_padding(padding, (1,) * self.rank, self.rank)
         if given not in ("same", (0,) * self.rank) or max(self.dilation) > 1:
             raise ValueError(

@@ -126,7 +126,6 @@ def view(key: str, values: Tensor) -> Tensor:
 
 VIEWS: dict[str, Callable[[Tensor], Tensor]] = {
     "channel_filter": lambda filters: filters.flatten(0, -3),
-    "local": lambda factors: factors.mean((0, 1)),
     # The mean over taps that share 1 would be the same everywhere.
     "modulation": lambda factors: factors.amax(0, keepdim=True),
     "shares": lambda shares: shares.mean(1),
@@ -137,7 +136,7 @@ def drawer(key: str, values: Tensor, ground: Ground) -> Drawer:
     """The picture for a quantity, by its name where that says more than its shape."""
     if key == "offset" and values.dim() == 3 and values.shape[0] % 2 == 0:
         return draw_offsets
-    if key in ("spatial", "local", "mask") and values.numel() == prod(ground.window):
+    if key in ("spatial", "mask") and values.numel() == prod(ground.window):
         return draw_taps
     if key in PAIRS and values.shape == (2,):
         return PAIRS[key]
@@ -180,22 +179,26 @@ MEANINGS = {
         "the image (first channel group); where colours go below 0, red is negative, blue "
         "positive."
     ),
-    "small_weight": "the same for the smaller of the layer's two kernels.",
+    "small_weight": (
+        "the smaller of the two kernels that the layer made for that very place (first channel "
+        "group)."
+    ),
     "update": "the part of the kernel that the layer made for that very place (first head).",
     "kernel": (
-        "how large the kernel that is used on this image is at each tap, over all channels (and "
-        "regions)."
+        "the kernel that is used on this image: its first parts, each from an input channel to an "
+        "output channel; where colours go below 0, red is negative, blue positive."
     ),
     "channel_filter": (
-        "the kernel of each channel, made from this image; at a position it is combined with the "
-        "weight made there."
+        "the kernels of the first channels, made from this image; at a position each is combined "
+        "with the weight made there."
     ),
     "channel": "a factor on each input channel, made from this image; the line is their mean.",
     "filter": "a factor on each output channel, made from this image; the line is their mean.",
     "spatial": "a factor on each tap of the kernel, made from this image.",
-    "local": "a factor on each weight of the kernel, made from this image; its mean at each tap.",
+    "local": "a factor on each weight of the kernel, made from this image; its first parts.",
     "bands": (
-        "a map for each band of frequencies, from low to high: how much it counts at each position."
+        "a map for each band of frequencies, from high to low (left to right and down): how much "
+        "it counts at each position."
     ),
     "shares": (
         "a kernel for each expert: its share in the kernel that is used on this image, at each "
@@ -274,7 +277,7 @@ def draw_per_position(axes: Axes, values: Tensor, ground: Ground) -> str:
             kernel = kernels[:, :, row, column].numpy()
             axes.imshow(kernel, extent=extent, zorder=2, **style)
     _to_image(axes, ground)
-    return f"{kernels.shape[0]}x{kernels.shape[1]} at {count}x{count} places\ncolours {said}"
+    return f"{kernels.shape[0]}x{kernels.shape[1]}, {count}x{count} places\ncolours {said}"
 
 
 def colour_scale(values: Tensor) -> tuple[dict[str, Any], str]:
@@ -325,7 +328,7 @@ def draw_regions(axes: Axes, values: Tensor, ground: Ground) -> str:
     colours = paint(region, int(region.max()) + 1)
     axes.imshow(colours, alpha=0.6, extent=(0, width, height, 0))
     _to_image(axes, ground)
-    return f"{len(found)} regions\nlargest {counts.max() / counts.sum():.0%}"
+    return f"{len(found)}, largest {counts.max() / counts.sum():.0%}"
 
 
 def draw_extent(axes: Axes, values: Tensor, ground: Ground) -> str:
@@ -412,11 +415,8 @@ def draw_shares(axes: Axes, values: Tensor, ground: Ground) -> str:
 
 
 def draw_kernel(axes: Axes, values: Tensor, ground: Ground) -> str:
-    """values (C_out, C_in, kh, kw): the kernel's size at each tap, the norm over channels."""
-    size = values.flatten(0, 1).norm(dim=0)
-    drawn = frame(axes).imshow(size.numpy(), cmap="viridis", vmin=0)
-    _colour_bar(axes, drawn)
-    return f"norm {size.min():.2f} to {size.max():.2f}"
+    """values (C_out, C_in, kh, kw): the first ones from an input to an output channel."""
+    return draw_tiles(axes, values.flatten(0, 1), ground)
 
 
 def draw_tiles(axes: Axes, values: Tensor, ground: Ground) -> str:
@@ -433,7 +433,7 @@ def draw_tiles(axes: Axes, values: Tensor, ground: Ground) -> str:
     frame(axes).set(xlim=(0, columns), ylim=(ceil(len(shown) / columns) * height, 0))
     axes.axis("off")
     _colour_bar(axes, drawn)
-    first = f"{len(shown)} of {len(values)}, " if len(values) > TILES else ""
+    first = f"{len(shown)} of {len(values)}\n" if len(values) > TILES else ""
     return f"{first}{shown.min():.2f} to {shown.max():.2f}"
 
 
