@@ -260,22 +260,19 @@ def _enlargement(lengths: Tensor, spacing: float) -> float:
 
 def draw_per_position(axes: Axes, values: Tensor, ground: Ground) -> str:
     """values (G, kh, kw, h, w): the kernel of the first group at some places of the image."""
-    kernels = values[0]
     height, width = ground.image.shape[1:]
     show_image(frame(axes), ground.image, alpha=0.45)
     high, wide = ground.cell(values)
+    count = min(KERNELS, *values.shape[-2:])
+    middles = (torch.arange(count) + 0.5) / count
+    rows, columns = (middles * height / high).long(), (middles * width / wide).long()
+    kernels = values[0][:, :, rows][..., columns]
     style, said = colour_scale(kernels)
-    count = min(KERNELS, *kernels.shape[-2:])
     for i in range(count):
         for j in range(count):
             top, left = (i + 0.15) * height / count, (j + 0.15) * width / count
-            row, column = (
-                int((i + 0.5) * height / count / high),
-                int((j + 0.5) * width / count / wide),
-            )
             extent = (left, left + 0.7 * width / count, top + 0.7 * height / count, top)
-            kernel = kernels[:, :, row, column].numpy()
-            axes.imshow(kernel, extent=extent, zorder=2, **style)
+            axes.imshow(kernels[:, :, i, j].numpy(), extent=extent, zorder=2, **style)
     _to_image(axes, ground)
     return f"{kernels.shape[0]}x{kernels.shape[1]}, {count}x{count} places\ncolours {said}"
 
@@ -361,7 +358,7 @@ def draw_positions(axes: Axes, values: Tensor, ground: Ground) -> str:
     axes.invert_yaxis()
     axes.margins(0.2)
     span = values.amax(0) - values.amin(0) + 1
-    return f"{len(values)} taps over {span[0]:.1f} x {span[1]:.1f}"
+    return f"{len(values)} taps\nover {span[0]:.1f} x {span[1]:.1f}"
 
 
 def draw_taps(axes: Axes, values: Tensor, ground: Ground) -> str:

@@ -9,12 +9,12 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import matplotlib
 import torch
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 from torch import Tensor
 
 from dynaconv.data.text import encode, index_of, normal
@@ -22,12 +22,16 @@ from dynaconv.training.files import whole
 from dynaconv.training.kernel_pictures import (
     BLUE,
     Ground,
+    colour_scale,
     draw_bars,
     draw_number,
     draw_shape,
     draw_shares,
+    draw_table,
+    draw_tiles,
     spread,
 )
+from dynaconv.training.kernel_pictures import MEANINGS as IN_IMAGES
 from dynaconv.training.model import dynamic_layers, kernels_of
 from dynaconv.training.text_model import TextConfig, TextNet
 
@@ -35,24 +39,50 @@ from dynaconv.training.text_model import TextConfig, TextNet
 MOST_CHARACTERS = 100
 # What the pictures of single numbers are drawn over: nothing.
 NOWHERE = Ground(torch.zeros(3, 1, 1), (1, 1), ())
-MEANINGS = {
+MEANINGS = {key: said.replace("image", "text") for key, said in IN_IMAGES.items()} | {
     "weight": (
-        "above each character the kernel that the layer made for that place, its taps from "
-        "before to after (of several heads the one that changes most); red is negative, blue "
-        "positive."
+        "above each character the kernel, or a factor on each of its taps, that the layer made "
+        "for that place, from before to after (of several heads the one that changes most); red "
+        "is negative, blue positive."
     ),
+    "small_weight": "above each character the smaller of the layer's two kernels.",
+    "update": "the part of the kernel that the layer made for that place.",
+    "kernel": (
+        "the kernel that is used on this text, a row each from an input channel to an output "
+        "channel."
+    ),
+    "channel_filter": (
+        "the kernel of each channel (a row), made from this text; at a character it is combined "
+        "with the weight made there."
+    ),
+    "local": "a factor on each weight of the kernel, made from this text.",
+    "shares": (
+        "a row for each expert: its share in the kernel that is used on this text, at each tap, "
+        "the mean over channels."
+    ),
+    "bands": (
+        "a row for each band of frequencies, from high to low: how much it counts at each "
+        "character."
+    ),
+    "gate": "1 where the layer computes, 0 where it leaves the convolution out.",
+    "regions": "the text in parts by number: every part has a kernel of its own.",
     "offset": (
         "for each tap (from before to after) and character, how many places to the right of its "
-        "regular place it looks; negative is left."
+        "regular place it looks; negative is left (of several heads the one that changes most)."
     ),
-    "modulation": "for each tap (from before to after) and character, how much it counts.",
+    "modulation": (
+        "for each tap (from before to after) and character, how much it counts (of several heads "
+        "the one that changes most)."
+    ),
     "coefficients": "the weight of each expert kernel, or size, in what is used on this text.",
-    "spatial": "a factor on each tap of the kernel, made from this text.",
-    "channel": "a factor on each input channel, made from this text.",
-    "filter": "a factor on each output channel, made from this text.",
     "size": "the extent of the kernel in characters.",
+    "scale": "how many times as far the kernel reaches as at the start.",
     "stride": "the step of the kernel in characters.",
+    "switch": "how much the kernel of the smaller dilation counts at each character.",
+    "positions": "where the taps lie in the kernel, in characters from its centre.",
 }
+# Kernels of the whole text.
+KERNELS = ("channel_filter", "kernel", "local", "shares")
 
 
 @dataclass(frozen=True)
@@ -78,7 +108,7 @@ def draw_text_kernels(model: TextNet, config: TextConfig, text: str, most: int =
         figure = Figure((width, height * len(shown) + 0.8), dpi=110, layout="constrained")
         panels = figure.subplots(len(shown), 1, squeeze=False)[:, 0]
         for axes, (name, key) in zip(panels, shown, strict=True):
-            values = found[name][key][0].float()
+            values = view(key, found[name][key][0].float())
             along = Along(text, layers[name].kernel_size[0])
             said = drawer(key, values)(axes, values, along)
             axes.set_title(f"{name}, {key}: {said}")
@@ -91,8 +121,10 @@ def draw_text_kernels(model: TextNet, config: TextConfig, text: str, most: int =
 def caption(key: str, values: Tensor) -> str:
     """What a newcomer sees in the panel of a quantity, a sentence."""
     if key == "weight" and values.dim() == 3 and values.shape[1] == 1:
-        return f"{key}: the kernel of each head, the same at every character of every text."
-    return f"{key}: {MEANINGS.get(key, 'what the layer made of this text.')}"
+        return f"{key}: the kernel of each head or channel, the same at every character of a text."
+    # Of each output channel, or the one of a kernel's size.
+    meant = "filter" if key == "scale" and values.numel() > 1 else key
+    return f"{key}: {MEANINGS.get(meant, 'what the layer made of this text.')}"
 
 
 def save_text_picture(path: Path, figure: Figure) -> None:
@@ -113,11 +145,34 @@ def drawer(key: str, values: Tensor) -> Drawer:
     """The picture for a quantity, by its name where that says more than its shape."""
     if values.numel() == 1:
         return _anywhere(draw_number)
+    if key in KERNELS and values.dim() > 1:
+        return draw_heads
+    if key in TABLES and values.dim() > 1:
+        return _anywhere(TABLES[key])
+    if key in ("offset", "modulation") and values.dim() == 2:
+        return draw_of_taps
+    if key == "regions" and values.dim() == 2:
+        return draw_regions
     if values.dim() == 3:
         return draw_heads if values.shape[1] == 1 else draw_per_character
     if values.dim() == 2:
-        return _anywhere(draw_shares) if key == "coefficients" else draw_along
+        return draw_along
     return _anywhere(draw_bars if values.dim() == 1 else draw_shape)
+
+
+# Other quantities of the whole text that have several dimensions.
+TABLES: dict[str, Callable[[Axes, Tensor, Ground], str]] = {
+    "attention": draw_table,
+    "bias_shares": draw_shares,
+    "coefficients": draw_shares,
+    "phi": draw_tiles,
+    "positions": lambda axes, values, ground: draw_bars(axes, values.flatten(), ground),
+}
+
+
+def view(key: str, values: Tensor) -> Tensor:
+    """What is drawn of a quantity: of shares, which are many, the mean over channels."""
+    return values.mean(1) if key == "shares" else values
 
 
 def _anywhere(draw: Callable[[Axes, Tensor, Ground], str]) -> Drawer:
@@ -131,30 +186,45 @@ def draw_per_character(axes: Axes, values: Tensor, along: Along) -> str:
     axes.set_ylabel("tap")
     said = _map(axes, values[head], along)
     _name_taps(axes.set_yticks, values.shape[1])
-    return f"head {head + 1} of {values.shape[0]}, {said}"
+    return f"head {head + 1} of {values.shape[0]}, {said}" if len(values) > 1 else said
+
+
+def draw_of_taps(axes: Axes, values: Tensor, along: Along) -> str:
+    """values (heads * K, L): a number for each tap at each character."""
+    taps = along.taps if values.shape[0] % along.taps == 0 else values.shape[0]
+    return draw_per_character(axes, values.unflatten(0, (-1, taps)), along)
 
 
 def draw_along(axes: Axes, values: Tensor, along: Along) -> str:
     """values (n, L): n numbers at each character, as a line where n is 1."""
     if values.shape[0] > 1:
-        said = _map(axes, values, along)
-        if values.shape[0] == along.taps:
-            axes.set_ylabel("tap")
-            _name_taps(axes.set_yticks, along.taps)
-        return said
+        return _map(axes, values, along)
+    return _plot(axes, values, along, ".-")
+
+
+def draw_regions(axes: Axes, values: Tensor, along: Along) -> str:
+    """values (1, L), whole numbers: a point at each character, for numbers have no order."""
+    _plot(axes, values, along, "o")
+    axes.yaxis.set_major_locator(MaxNLocator(integer=True))
+    return f"{len(values.unique())} in use"
+
+
+def _plot(axes: Axes, values: Tensor, along: Along, style: str) -> str:
+    """values (1, L), however long, along the characters of the text."""
     places = (torch.arange(values.shape[1]) + 0.5) * len(along.text) / values.shape[1] - 0.5
-    axes.plot(places.tolist(), values[0].tolist(), ".-", color=BLUE)
+    axes.plot(places.tolist(), values[0].tolist(), style, color=BLUE)
     axes.spines[["top", "right"]].set_visible(False)
     _name_characters(axes, along.text)
     return _range(values)
 
 
 def draw_heads(axes: Axes, values: Tensor, along: Along) -> str:
-    """values (heads, 1, K): one kernel a head, the same all along the text."""
-    said = _show(axes, values.squeeze(1), (-0.5, values.shape[2] - 0.5))
-    axes.set(xlabel="tap", ylabel="head")
-    _name_taps(axes.set_xticks, values.shape[2])
-    heads = range(0, values.shape[0], max(1, values.shape[0] // 4))
+    """values (..., K): a row a kernel, the same all along the text."""
+    rows, taps = values.flatten(0, -2), values.shape[-1]
+    said = _show(axes, rows, (-0.5, taps - 0.5))
+    axes.set(xlabel="tap", ylabel="kernel")
+    _name_taps(axes.set_xticks, taps)
+    heads = range(0, rows.shape[0], max(1, rows.shape[0] // 4))
     axes.set_yticks(heads, [str(head + 1) for head in heads])
     return f"the same everywhere, {said}"
 
@@ -168,14 +238,11 @@ def _map(axes: Axes, values: Tensor, along: Along) -> str:
 
 def _show(axes: Axes, values: Tensor, across: tuple[float, float]) -> str:
     """values (rows, columns) as colours: from 0 up, or around 0 where some are negative."""
-    limit, low = float(values.abs().max()) or 1.0, float(values.min())
-    style: dict[str, Any] = (
-        {"cmap": "RdBu", "vmin": -limit, "vmax": limit}
-        if low < 0
-        else {"cmap": "Blues", "vmin": 0, "vmax": limit}
-    )
+    style, _ = colour_scale(values)
     extent = (*across, values.shape[0] - 0.5, -0.5)
-    drawn = axes.imshow(values.numpy(), aspect="auto", extent=extent, **style)
+    drawn = axes.imshow(
+        values.numpy(), aspect="auto", extent=extent, interpolation="nearest", **style
+    )
     axes.figure.colorbar(drawn, ax=axes, fraction=0.03, pad=0.01)
     return _range(values)
 
