@@ -13,7 +13,7 @@ demo: $(INSTALLED)
 	$(BIN)/dynaconv demo
 
 test: $(INSTALLED)
-	$(BIN)/python -m pytest -m "not slow"
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto -m "not slow"
 
 slow: $(INSTALLED)
 	$(BIN)/python -m pytest -m slow

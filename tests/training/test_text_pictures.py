@@ -2,24 +2,41 @@ import pytest
 import torch
 from matplotlib.figure import Figure
 from PIL import Image
+from torch import nn
 
 from dynaconv.data.text import encode, index_of
 from dynaconv.registry import family, names
+from dynaconv.testing.families import example, randomized
 from dynaconv.training import text_pictures
 from dynaconv.training.model import dynamic_layers, kernels_of
 from dynaconv.training.text_model import TextConfig, build_text
 from dynaconv.training.text_pictures import (
+    MEANINGS,
     MOST_CHARACTERS,
     Along,
     caption,
     draw_along,
+    draw_of_taps,
     draw_per_character,
+    draw_regions,
     draw_text_kernels,
     drawer,
     save_text_picture,
+    view,
 )
 
-ONE_D = [name for name in names() if 1 in family(name).classes]
+ALL = [name for name in names() if 1 in family(name).classes]
+# In the text model: those that stand in for a depthwise convolution, not for one that enlarges.
+ONE_D = [
+    name for name in ALL if family(name).classes[1].static[1] is nn.Conv1d and name != "contmix"
+]
+SAMPLES = [
+    pytest.param(cls, arguments, id=f"{cls.__name__}-{i}")
+    for name in ALL
+    for cls in family(name).all_classes
+    if cls.rank == 1
+    for i, arguments in enumerate(cls.samples(1))
+]
 TEXT = "ein $Satz$ 漢字"
 
 
@@ -50,6 +67,19 @@ def test_every_family_has_its_pictures(layer, tmp_path):
             assert image.width > 500
     for key in found["blocks.0.mixer.conv"]:
         assert f"{key}: " in figure.get_supxlabel()
+
+
+@pytest.mark.parametrize(("cls", "arguments"), SAMPLES)
+def test_whatever_a_layer_makes_is_drawn_and_explained(cls, arguments):
+    layer, x = randomized(cls, arguments), example(cls, arguments)
+    made = layer.kernels(x)
+    assert set(made) <= set(MEANINGS)
+    for key, value in made.items():
+        axes, values = Figure().subplots(), view(key, value[0].detach().float())
+        assert drawer(key, values)(axes, values, Along("abc", layer.kernel_size[0]))
+        assert drawn(axes)
+        assert "image" not in caption(key, values)
+        axes.figure.draw_without_rendering()
 
 
 @pytest.mark.parametrize("layer", ONE_D)
@@ -99,6 +129,36 @@ def test_one_number_a_character_is_a_line():
     assert list(line.get_ydata()) == [1, 3, 2]
 
 
+def test_taps_of_heads_are_those_of_the_head_that_changes_most():
+    values = torch.zeros(15, 3)
+    values[5:10, 1] = torch.arange(5.0)
+    axes = Figure().subplots()
+    assert draw_of_taps(axes, values, Along("abc", 5)).startswith("head 2 of 3, ")
+    assert axes.images[0].get_array().tolist() == values[5:10].tolist()
+    axes = Figure().subplots()
+    assert draw_of_taps(axes, values[:4], Along("abc", 5)) == "0.00 to 0.00"  # 4 taps, no heads
+    assert axes.images[0].get_array().shape == (4, 3)
+
+
+def test_regions_are_points():
+    axes = Figure().subplots()
+    assert draw_regions(axes, torch.tensor([[2.0, 0.0, 2.0]]), Along("abc", 5)) == "2 in use"
+    (points,) = axes.lines
+    assert points.get_linestyle() == "None"
+    assert list(points.get_ydata()) == [2, 0, 2]
+
+
+def test_a_scale_of_channels_is_no_scale_of_a_size():
+    assert "output channel" in caption("scale", torch.rand(16))
+    assert "how many times" in caption("scale", torch.rand(1))
+
+
+def test_of_shares_the_mean_over_channels_is_drawn():
+    shares = torch.rand(2, 16, 5)
+    assert view("shares", shares).equal(shares.mean(1))
+    assert view("weight", shares) is shares
+
+
 def test_of_long_texts_the_beginning_is_drawn():
     model, config = model_of("dynamic_lightconv")
     figure = draw_text_kernels(model, config, "abc" * 500, most=1)
@@ -113,7 +173,13 @@ def test_of_long_texts_the_beginning_is_drawn():
     [
         ("weight", (8, 5, 30), "draw_per_character"),
         ("weight", (8, 1, 5), "draw_heads"),
-        ("offset", (5, 30), "draw_along"),
+        ("offset", (5, 30), "draw_of_taps"),
+        ("modulation", (80, 30), "draw_of_taps"),
+        ("bands", (3, 30), "draw_along"),
+        ("regions", (1, 30), "draw_regions"),
+        ("channel_filter", (16, 5), "draw_heads"),
+        ("kernel", (128, 2, 5), "draw_heads"),
+        ("shares", (2, 5), "draw_heads"),
         ("new", (1, 30), "draw_along"),
     ],
 )
@@ -126,6 +192,10 @@ def test_quantities_are_drawn_by_their_shape(key, shape, wanted):
     [
         ("coefficients", (2, 16)),
         ("coefficients", (4,)),
+        ("bias_shares", (2, 16)),
+        ("attention", (5, 5)),
+        ("phi", (16, 1, 1)),
+        ("positions", (5, 1)),
         ("size", (1,)),
         ("new", ()),
         ("new", (2, 2, 2, 2)),

@@ -311,7 +311,8 @@ def draw_gate(axes: Axes, values: Tensor, ground: Ground) -> str:
     height, width = ground.padded
     show_image(frame(axes), ground.image)
     dark: dict[str, Any] = {"cmap": "gray", "vmin": 0, "vmax": 1, "extent": (0, width, height, 0)}
-    axes.imshow(torch.zeros_like(values[0]), alpha=0.8 * (1 - values[0].numpy()), **dark)
+    off = 1 - values[0].numpy()
+    axes.imshow(0 * off, alpha=0.8 * off, **dark)
     _to_image(axes, ground)
     return f"on at {values.mean():.0%} of positions"
 
