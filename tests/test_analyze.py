@@ -67,3 +67,15 @@ def test_whole_model():
     table = str(result)
     assert "ODConv2d" in table
     assert f"{result.macs:,}" in table
+
+
+def test_layers_that_enlarge_are_compared_with_a_transposed_convolution():
+    static = nn.ConvTranspose2d(4, 6, 3, stride=2)
+    x = torch.randn(2, 4, 5, 7)
+    (row,) = dynaconv.analyze(static, x).rows
+    assert row.macs == row.static_macs == x.numel() * 6 * 9
+    (row,) = dynaconv.analyze(dynaconv.CondConvTranspose2d.like(static), x).rows
+    assert row.static_macs == x.numel() * 6 * 9
+    assert row.static_parameters == sum(p.numel() for p in static.parameters())
+    (row,) = dynaconv.analyze(dynaconv.CARAFE2d(4, 4), x).rows
+    assert row.static_macs == x.numel() * 4 * 4

@@ -8,9 +8,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.conv import _ConvTransposeNd
 from torch.utils.flop_counter import FlopCounterMode
 
 from dynaconv.layers.base import ConvNd, DynamicConv
+from dynaconv.layers.upsampler import Upsampler
 
 PARTS = ("generation", "mixing", "convolution")
 
@@ -117,19 +119,29 @@ def analyze(model: nn.Module, *inputs: Tensor, **kwargs: Any) -> Analysis:
 
 
 def _static_macs(layer: DynamicConv | ConvNd, x: Tensor, output: Any) -> int:
-    """Those of the nn.ConvNd with this kernel and output."""
+    """Those of the static convolution with this kernel and output."""
     kernel = layer.kernel_size
+    if isinstance(layer, Upsampler):
+        kernel = layer.stride  # as in `as_static`
+    if _enlarges(layer):
+        return x.numel() * layer.out_channels // layer.groups * prod(kernel)
     if isinstance(layer, DynamicConv):
         kernel = layer.kernel_size_at(tuple(x.shape[-layer.rank :]))
     data = output[0] if isinstance(output, tuple) else output
     return data.numel() * layer.in_channels // layer.groups * prod(kernel)
 
 
+def _enlarges(layer: DynamicConv | ConvNd) -> bool:
+    static = layer.static[layer.rank] if isinstance(layer, DynamicConv) else type(layer)
+    return issubclass(static, _ConvTransposeNd)
+
+
 def _row(
     name: str, layer: DynamicConv | ConvNd, counts: dict[str, int], key: str, whole: int
 ) -> Row:
     """One layer's row; `whole` are the static convolution's MACs."""
-    window = layer.in_channels // layer.groups * prod(layer.kernel_size)
+    kernel = layer.stride if isinstance(layer, Upsampler) else layer.kernel_size
+    window = layer.in_channels // layer.groups * prod(kernel)
     static = layer.out_channels * (window + (layer.bias is not None))
     total = counts.get(key, 0)
     convolving = getattr(layer, "convolving", ())

@@ -179,7 +179,7 @@ def test_kernels_of_positions_have_colours_for_their_signs(low, cmap):
 
 def test_large_kernels_have_no_numbers():
     axes, ground = Figure().subplots(), Ground(GROUND.image, GROUND.padded, (7, 7))
-    assert 49 > TAPS_WITH_NUMBERS
+    assert TAPS_WITH_NUMBERS < 49
     draw_taps(axes, torch.rand(49), ground)
     assert axes.images
     assert not axes.texts

@@ -218,6 +218,10 @@ MEANINGS = {
     ),
     "scale": "how many times as far the kernel reaches in height and width as at the start.",
     "stride": "the step of the kernel in height and width; a dot is where an output looks.",
+    "center_scale": (
+        "how much a position counts by itself instead of through the taps, the mean over channel "
+        "groups."
+    ),
     "switch": "how much the kernel of the smaller dilation counts at each position.",
     "positions": "where the taps lie in the kernel, in positions from its centre (rows, columns).",
     "mask": "how much each tap of the largest kernel counts.",

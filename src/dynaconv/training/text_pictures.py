@@ -78,6 +78,10 @@ MEANINGS = {key: said.replace("image", "text") for key, said in IN_IMAGES.items(
     "size": "the extent of the kernel in characters.",
     "scale": "how many times as far the kernel reaches as at the start.",
     "stride": "the step of the kernel in characters.",
+    "center_scale": (
+        "how much a character counts by itself instead of through the taps, a row for each "
+        "channel group."
+    ),
     "switch": "how much the kernel of the smaller dilation counts at each character.",
     "positions": "where the taps lie in the kernel, in characters from its centre.",
 }
