@@ -339,6 +339,22 @@ class DynamicConv(nn.Module):
         keeps = self.padding == "same" or self.causal
         return tuple(size) if keeps else self.geometry().output_size(size)
 
+    def projection(self) -> ConvNd | None:
+        """A 1x1 convolution to C_out channels for a kernel that mixes none; None for as many."""
+        if self.in_channels == self.out_channels:
+            return None
+        channels = (self.in_channels, self.out_channels)
+        return conv_nd(self.rank, *channels, 1, groups=self.groups, bias=False)
+
+    def require_depthwise(self) -> None:
+        """ValueError unless the layer is depthwise: what a kernel that mixes no channels can be."""
+        if not self.groups == self.in_channels == self.out_channels:
+            raise ValueError(
+                f"{self.family} mixes no channels, so it can start only as a depthwise convolution "
+                f"(groups = in_channels = out_channels), not groups={self.groups}, "
+                f"{self.in_channels} to {self.out_channels} channels"
+            )
+
     def kernel_shape(self) -> tuple[int, ...]:
         """The shape of a static kernel: (C_out, C_in / groups, *K)."""
         return (self.out_channels, self.in_channels // self.groups, *self.kernel_size)

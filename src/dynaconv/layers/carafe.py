@@ -55,12 +55,8 @@ class CARAFE(Upsampler):
         ):
             if any(size % 2 == 0 for size in sizes):
                 raise ValueError(f"{name}={sizes} must be odd: windows lie around a position")
-        channels, kernels = (self.in_channels, self.out_channels), self.groups * prod(self.stride)
-        self.project = (
-            None
-            if self.in_channels == self.out_channels
-            else conv_nd(self.rank, *channels, 1, groups=self.groups, bias=False)
-        )
+        kernels = self.groups * prod(self.stride)
+        self.project = self.projection()
         self.channel_compressor = conv_nd(self.rank, self.in_channels, compressed_channels, 1)
         self.content_encoder = conv_nd(
             self.rank,

@@ -102,12 +102,7 @@ class _Decoupled(DynamicConv):
                 "FilterNorm divides by the deviation of a kernel's taps, and one tap has none; "
                 "give a larger kernel_size"
             )
-        channels = (self.in_channels, self.out_channels)
-        self.project = (
-            None
-            if self.in_channels == self.out_channels
-            else conv_nd(self.rank, *channels, 1, groups=self.groups, bias=False)
-        )
+        self.project = self.projection()
 
     def values(self, x: Tensor) -> Tensor:
         """What the filters are laid over, (N, C_out, *L)."""
@@ -194,12 +189,7 @@ class DDFConv(_Decoupled):
             raise ValueError(
                 "filters out of FilterNorm have mean 0, trained kernels have not; give affine=True"
             )
-        if not self.groups == self.in_channels == self.out_channels:
-            raise ValueError(
-                "ddf mixes no channels, so it can start only as a depthwise convolution "
-                f"(groups = in_channels = out_channels), not groups={self.groups}, "
-                f"{self.in_channels} to {self.out_channels} channels"
-            )
+        self.require_depthwise()
         spatial, channel = self.branches.spatial_norm, self.branches.channel_norm
         for norm in (spatial, channel):
             nn.init.zeros_(norm.std)  # type: ignore[arg-type]

@@ -53,12 +53,8 @@ class DySample(Upsampler):
             offset_groups = gcd(OFFSET_GROUPS, self.out_channels)
         self.offset_groups = offset_groups
         self._check()
-        channels, count = (self.in_channels, self.out_channels), prod(self.stride)
-        self.project = (
-            None
-            if self.in_channels == self.out_channels
-            else conv_nd(self.rank, *channels, 1, groups=self.groups, bias=False)
-        )
+        count = prod(self.stride)
+        self.project = self.projection()
         inputs, outputs = self.in_channels, self.rank * self.offset_groups
         if style == "lp":
             outputs *= count

@@ -41,11 +41,7 @@ class Involution(DynamicConv):
             self.kernel_groups = channels // _largest_divisor(channels, group_channels)
         hidden = max(self.in_channels // reduction, 1)
         taps = self.kernel_groups * torch.Size(self.kernel_size).numel()
-        self.project = (
-            None
-            if self.in_channels == channels
-            else conv(self.in_channels, channels, 1, groups=self.groups, bias=False)
-        )
+        self.project = self.projection()
         self.reduce = conv(self.in_channels, hidden, 1, bias=False)
         self.bn = SafeBatchNorm(hidden)
         self.span = conv(hidden, taps, 1)
@@ -62,12 +58,7 @@ class Involution(DynamicConv):
 
     def init_from(self, conv: ConvNd) -> None:
         """A depthwise kernel becomes the generator's bias."""
-        if not self.groups == self.in_channels == self.out_channels:
-            raise ValueError(
-                "involution mixes no channels, so it can start only as a depthwise convolution "
-                f"(groups = in_channels = out_channels), not groups={self.groups}, "
-                f"{self.in_channels} to {self.out_channels} channels"
-            )
+        self.require_depthwise()
         nn.init.zeros_(self.span.weight)
         self.span.bias = nn.Parameter(conv.weight.flatten().clone())
 

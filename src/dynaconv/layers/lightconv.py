@@ -34,12 +34,7 @@ class _Light(DynamicConv):
         if self.out_channels % self.heads:
             raise ValueError(f"heads={self.heads} does not divide {self.out_channels} out_channels")
         self.weight_softmax, self.weight_dropout = weight_softmax, weight_dropout
-        channels = (self.in_channels, self.out_channels)
-        self.project = (
-            None
-            if self.in_channels == self.out_channels
-            else conv_nd(self.rank, *channels, 1, groups=self.groups, bias=False)
-        )
+        self.project = self.projection()
         if self.bias is not None:
             nn.init.zeros_(self.bias)
 
@@ -63,11 +58,11 @@ class _Light(DynamicConv):
                 "kernels out of a softmax are positive and sum to 1, trained ones are not and do "
                 "not; give weight_softmax=False"
             )
-        if not self.groups == self.heads == self.in_channels == self.out_channels:
+        self.require_depthwise()
+        if self.heads != self.out_channels:
             raise ValueError(
-                f"{self.family} mixes no channels, so it can start only as a depthwise convolution "
-                f"(groups = heads = in_channels = out_channels), not groups={self.groups}, "
-                f"heads={self.heads}, {self.in_channels} to {self.out_channels} channels"
+                f"heads={self.heads} share kernels, those of {self.out_channels} channels differ; "
+                f"give heads={self.out_channels}"
             )
         self.take(conv.weight)
 

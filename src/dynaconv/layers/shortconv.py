@@ -45,11 +45,7 @@ class DynamicShortConv(DynamicConv):
         if channels % self.heads:
             raise ValueError(f"heads={self.heads} does not divide {channels} out_channels")
         self.residual = residual
-        self.project = (
-            None
-            if self.in_channels == channels
-            else conv_nd(self.rank, self.in_channels, channels, 1, groups=self.groups, bias=False)
-        )
+        self.project = self.projection()
         bound = prod(self.kernel_size) ** -0.5
         kernels = torch.empty(channels, 1, *self.kernel_size)
         self.weight = nn.Parameter(kernels.uniform_(-bound, bound))
@@ -93,12 +89,7 @@ class DynamicShortConv(DynamicConv):
 
     def init_from(self, conv: ConvNd) -> None:
         """A depthwise kernel becomes the static part."""
-        if not self.groups == self.in_channels == self.out_channels:
-            raise ValueError(
-                "dynamic_shortconv mixes no channels, so it can start only as a depthwise "
-                f"convolution (groups = in_channels = out_channels), not groups={self.groups}, "
-                f"{self.in_channels} to {self.out_channels} channels"
-            )
+        self.require_depthwise()
         self.weight.copy_(conv.weight)
         if self.residual:
             self.weight.sub_(self._own_tap())

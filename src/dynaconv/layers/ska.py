@@ -47,11 +47,7 @@ class SKAConv(DynamicConv):
         channels, conv = self.out_channels, partial(conv_nd, self.rank)
         shared = gcd(channels, group_channels)
         self.kernel_groups = self.groups if self.groups > 1 else channels // shared
-        self.project = (
-            None
-            if self.in_channels == channels
-            else conv(self.in_channels, channels, 1, groups=self.groups, bias=False)
-        )
+        self.project = self.projection()
         hidden, place = max(self.in_channels // reduction, 1), {"padding": "same", "bias": False}
         self.reduce = conv(self.in_channels, hidden, 1, bias=False)
         self.large = conv(
@@ -100,12 +96,7 @@ class SKAConv(DynamicConv):
         """A depthwise kernel becomes the bias of norm."""
         if self.out_norm is not None:
             raise ValueError("residual=True has a batch norm and adds x; give residual=False")
-        if not self.groups == self.in_channels == self.out_channels:
-            raise ValueError(
-                "ska mixes no channels, so it can start only as a depthwise convolution "
-                f"(groups = in_channels = out_channels), not groups={self.groups}, "
-                f"{self.in_channels} to {self.out_channels} channels"
-            )
+        self.require_depthwise()
         nn.init.zeros_(self.norm.weight)
         self.norm.bias.copy_(conv.weight.flatten())
 
