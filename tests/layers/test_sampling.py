@@ -200,12 +200,15 @@ def test_dcn_starts_as_any_convolution_of_one_tap(rank, name):
 
 
 @ranks
-def test_dcnv3_starts_from_average_pooling(rank):
+@pytest.mark.parametrize("name", ["dcnv3", "dcnv4"])
+def test_dcn_starts_from_average_pooling(rank, name):
     torch.manual_seed(rank)
     x = torch.randn(2, 8, *(8, 9, 7)[:rank], dtype=torch.float64)
-    layer = cls_of("dcnv3", rank)(8, 6, 3, 2, 1).double()
+    layer = cls_of(name, rank)(8, 6, 3, 2, 1).double()
     pool = [nn.AvgPool1d, nn.AvgPool2d, nn.AvgPool3d][rank - 1](3, 2, 1)
-    close(layer(x), layer.output_proj(pool(layer.value_proj(x))), "DCNv3 at first")
+    close(
+        layer(x), layer.output_proj(pool(layer.value_proj(x))), f"{name} at first", 1e-6
+    )  # 1 / 9 is a float32
 
 
 def test_dcn_defaults():
@@ -215,7 +218,8 @@ def test_dcn_defaults():
     assert groups(5).offset_groups == 1
     assert groups(12, groups=6).offset_groups == 6
     assert groups(12, groups=6, offset_groups=2).offset_groups == 2
-    assert not dynaconv.DCNv4Conv2d(8, 6, 3)(torch.randn(1, 8, 5, 5)).any(), "y is not b at first"
+    nothing = dynaconv.DCNv4Conv2d(8, 6, 3, zero_start=True)
+    assert not nothing(torch.randn(1, 8, 5, 5)).any(), "y is not b at first"
 
 
 def test_dcn_refusals():

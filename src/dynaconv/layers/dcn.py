@@ -269,12 +269,14 @@ class DCNv4Conv(_DCN):
         z[c, p] = sum_k m[g, k, p] v[c, p + s (k + offset(q)[g, k, p])],    y = output_proj(z) + b
 
     g is the group of channel c, k the tap's distance from the centre, s the offset_scale. q is x at
-    the window's centre unless dw_kernel_size asks for a depthwise convolution. Offset and
-    modulation start at 0, as published, so that y = b at first; `from_conv` starts from a depthwise
-    kernel. Published in CUDA only, for 3x3, groups of a multiple of 16 channels and as many output
-    as input channels (its taps go column by column, offsets x first; here row by row, the first
-    dimension first, as in deform_conv). FlashInternImage trains what makes them ten times
-    slower (`dynaconv.parameter_groups`).
+    the window's centre unless dw_kernel_size asks for a depthwise convolution. The modulation
+    starts at 1 / taps: average pooling between two projections, as in DCNv3. Published it starts at
+    0, so that y = b at first, which suits a branch beside a shortcut; before a batch norm and a
+    ReLU no gradient would pass (`zero_start`). `from_conv` starts from a depthwise kernel.
+    Published in CUDA only, for 3x3, groups of a multiple of 16 channels and as many output as input
+    channels (its taps go column by column, offsets x first; here row by row, the first dimension
+    first, as in deform_conv). FlashInternImage trains what makes them ten times slower
+    (`dynaconv.parameter_groups`).
 
     Args:
         offset_groups: groups of channels with taps of their own; None takes `groups`, or with
@@ -285,9 +287,26 @@ class DCNv4Conv(_DCN):
         center_feature_scale: z = (1 - a) z + a v[c, p] with a = sigmoid(center_scale(z))[g, p]
             (the code's; in DCNv3 a follows q).
         pointwise: whether there are value_proj and output_proj.
+        zero_start: the modulation starts at 0.
     """
 
     lr_factors = {"offset": 0.1, "modulation": 0.1, "center_scale": 0.1}
+
+    def build(
+        self,
+        offset_groups: int | None = None,
+        dw_kernel_size: IntOrTuple | None = None,
+        offset_scale: float = 1.0,
+        remove_center: bool = False,
+        center_feature_scale: bool = False,
+        pointwise: bool = True,
+        zero_start: bool = False,
+    ) -> None:
+        sampling = (offset_groups, dw_kernel_size, offset_scale)
+        super().build(*sampling, remove_center, center_feature_scale, pointwise)
+        if not zero_start:
+            share = self.offset_groups / self.modulation.out_channels
+            nn.init.constant_(self.modulation.bias, share)  # type: ignore[arg-type]
 
     def normalise(self, logits: Tensor) -> Tensor:
         return logits

@@ -201,5 +201,9 @@ def one_number(kernels: Kernels) -> tuple[float, str]:
         return float(kernels["coefficients"][0, -1].mean()), "share of the largest size"
     if "coefficients" in kernels:
         return float(kernels["coefficients"][0, 0]), "weight of expert 1"
+    if "gate" in kernels:
+        return float(kernels["gate"].mean()), "share of positions computed"
+    if "regions" in kernels:
+        return float((kernels["regions"] == 0).float().mean()), "share of region 1"
     name, values = next(iter(kernels.items()))
     return float(values.float().square().mean().sqrt()), f"size of {name} (root mean square)"
