@@ -147,9 +147,7 @@ def write_page(names: list[str], options: argparse.Namespace) -> None:
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--data", help="a folder with train and val images and masks")
-    parser.add_argument(
-        "--layers", default="", help="families, by commas; else all"
-    )
+    parser.add_argument("--layers", default="", help="families, by commas; else all")
     parser.add_argument("--seeds", type=int, default=1)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--out", type=Path, default=Path("accuracy"))
