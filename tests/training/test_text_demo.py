@@ -8,7 +8,6 @@ import torch
 from rich.progress import Progress
 
 from dynaconv.data.phrases import LANGUAGES, LENGTH_BUCKETS
-from dynaconv.registry import family, names
 from dynaconv.training.files import load_model
 from dynaconv.training.text_demo import (
     TOGETHER,
@@ -23,9 +22,9 @@ from dynaconv.training.text_demo import (
     text_data,
 )
 from dynaconv.training.text_report import write_text_report
+from tests.training.test_text_model import ONE_D as LAYERS
 
 TINY = TextBudget(texts=4, val=3, epochs=1, seeds=2, channels=8, blocks=2)
-LAYERS = [name for name in names() if 1 in family(name).classes]
 
 
 @pytest.fixture(scope="module")

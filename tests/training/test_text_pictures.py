@@ -2,7 +2,6 @@ import pytest
 import torch
 from matplotlib.figure import Figure
 from PIL import Image
-from torch import nn
 
 from dynaconv.data.text import encode, index_of
 from dynaconv.registry import family, names
@@ -24,12 +23,9 @@ from dynaconv.training.text_pictures import (
     save_text_picture,
     view,
 )
+from tests.training.test_text_model import ONE_D
 
 ALL = [name for name in names() if 1 in family(name).classes]
-# In the text model: those that stand in for a depthwise convolution, not for one that enlarges.
-ONE_D = [
-    name for name in ALL if family(name).classes[1].static[1] is nn.Conv1d and name != "contmix"
-]
 SAMPLES = [
     pytest.param(cls, arguments, id=f"{cls.__name__}-{i}")
     for name in ALL

@@ -1,7 +1,7 @@
 """ContMixConv: kernels from the affinity to region centres (Lou, CVPR 2025)."""
 
 from functools import partial
-from math import prod
+from math import gcd, prod
 from typing import Any
 
 import torch
@@ -33,7 +33,7 @@ class ContMixConv(DynamicConv):
     training, batch statistics of a padded batch are those of the samples of one size.
 
     Args:
-        heads: kernels a position (twice the published num_heads).
+        heads: kernels a position (twice the published num_heads); None takes at most 4.
         small_size: kernel size of the small kernels, odd, as kernel_size is; None takes the
             published 5, or kernel_size where that is smaller.
         regions: regions along each dimension.
@@ -42,12 +42,13 @@ class ContMixConv(DynamicConv):
 
     def build(
         self,
-        heads: int = 4,
+        heads: int | None = None,
         small_size: int | None = None,
         regions: int = 7,
         position_bias: bool = True,
     ) -> None:
         small_size = min(5, *self.kernel_size) if small_size is None else small_size
+        heads = gcd(4, self.in_channels // 2, self.out_channels // 2) if heads is None else heads
         at_least(1, heads=heads, small_size=small_size, regions=regions)
         self._check_geometry(small_size)
         hidden, channels = self.in_channels // 2, self.out_channels

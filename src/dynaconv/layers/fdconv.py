@@ -238,7 +238,7 @@ class FDConv(DynamicConv):
                 "experts": 1,
                 "global_gates": False,
             },
-            *causal(rank, {"in_channels": 4, "out_channels": 6, "kernel_size": 3}),
+            *causal(rank, {"in_channels": 4, "out_channels": 6, "kernel_size": 3, "bands": ()}),
         ]
 
 
