@@ -156,8 +156,9 @@ def _reason_against(module: ConvNd, target: Family) -> str | None:
         return f"{target.name} exists in {target.ranks} dimensions"
     cls = _class_for(module, target)
     if cls is None:
-        form = "transposed" if isinstance(module, _ConvTransposeNd) else "plain"
-        return f"{target.name} has no {form} form"
+        if isinstance(module, _ConvTransposeNd):
+            return f"{target.name} has no transposed form"
+        return f"{target.name} enlarges its input, as nn.ConvTranspose{rank}d does"
     base, kind = cls.static[rank], type(module)
     methods = [f for f in ("forward", "_conv_forward") if hasattr(base, f)]
     own = [f for f in methods if getattr(kind, f) is not getattr(base, f)]

@@ -52,7 +52,7 @@ def register_family(
         paper: authors, venue and year.
         ranks: the dimensions in which the family exists.
         transposed: whether NameTranspose1d, 2d, 3d are made too; the family then convolves by
-            `convolve_mixture`, `convolve_samples` or `convolve_deformed`.
+            `convolve_static`, `convolve_mixture`, `convolve_samples` or `convolve_deformed`.
     """
 
     def enrol(cls: type["DynamicConv"]) -> type["DynamicConv"]:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd as ConvNd
 
 from dynaconv import masking
+from dynaconv.functional import conv as convolve
 from dynaconv.functional import conv_mixture, conv_per_position, conv_per_sample, deform_conv
 from dynaconv.layers import causal as causality_of
 from dynaconv.shapes import Geometry, IntOrTuple, Padding, check_padding, ntuple, same_padding
@@ -260,6 +261,11 @@ class DynamicConv(nn.Module):
             before, after = same_padding(geometry.kernel, geometry.dilation)
         widths = [w for pair in zip(reversed(before), reversed(after), strict=True) for w in pair]
         return F.pad(x, widths, mode=PADDING_MODES[self.padding_mode]), 0
+
+    def convolve_static(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        """One kernel (C_out, C_in / groups, *K) for all samples; bias (C_out,)."""
+        x, padding = self.pad(x)
+        return convolve(x, weight, bias, self.stride, padding, self.dilation, self.groups)
 
     def convolve_mixture(
         self, x: Tensor, weight: Tensor, coefficients: Tensor, bias: Tensor | None

@@ -6,7 +6,6 @@ from typing import Any
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dynaconv.functional import conv
 from dynaconv.layers.attention import SafeBatchNorm
 from dynaconv.layers.base import ConvNd, DynamicConv, at_least, conv_nd, positive
 from dynaconv.layers.regions import region_means
@@ -89,9 +88,7 @@ class DCDConv(DynamicConv):
     def compute(self, x: Tensor, mask: Tensor | None) -> Tensor:
         dynamic = self.generate(x, mask)
         scale = dynamic["scale"].unflatten(1, (-1, *(1,) * self.rank))
-        padded, padding = self.pad(x)
-        geometry = (self.stride, padding, self.dilation, self.groups)
-        static = conv(padded, self.weight, None, *geometry)
+        static = self.convolve_static(x, self.weight, None)
         return self.add_bias(scale * static + self.residual(x, dynamic["phi"], mask))
 
     def residual(self, x: Tensor, phi: Tensor, mask: Tensor | None) -> Tensor:

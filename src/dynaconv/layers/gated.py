@@ -8,7 +8,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dynaconv.functional import conv
 from dynaconv.layers.base import ConvNd, DynamicConv, conv_nd, positive, without_autocast
 from dynaconv.layers.costs import add_cost
 from dynaconv.layers.framed import framed
@@ -91,9 +90,7 @@ class GatedConv(DynamicConv):
             active = gate.squeeze(1) > 0
             if active.sum() <= SPARSE * active.numel():
                 return self._where(active, x)
-        x, padding = self.pad(x)
-        place = (self.stride, padding, self.dilation, self.groups)
-        output = conv(x, self.weight, self.bias, *place)
+        output = self.convolve_static(x, self.weight, self.bias)
         return output * gate.to(output.dtype)
 
     def _picks(self) -> bool:

@@ -6,13 +6,14 @@ from typing import Any, Self
 import torch
 from torch import Tensor, nn
 
-from dynaconv.functional import conv
 from dynaconv.layers.attention import Squeeze
 from dynaconv.layers.base import CONVS, ConvNd, DynamicConv, at_least, causal, positive
 from dynaconv.registry import register_family
 
 
-@register_family("kerneldna", primitive="conv", paper="Huang et al., arXiv 2503.23379, 2025")
+@register_family(
+    "kerneldna", primitive="conv", paper="Huang et al., arXiv 2503.23379, 2025", transposed=True
+)
 class KernelDNAConv(DynamicConv):
     """A child layer: a parent's kernel under static adapters, and input channels under a gate.
 
@@ -83,9 +84,8 @@ class KernelDNAConv(DynamicConv):
         return {"channel": self.gate_scale * torch.sigmoid(self.gate(self.squeeze(x, mask)))}
 
     def convolve(self, x: Tensor, channel: Tensor) -> Tensor:  # type: ignore[override]
-        x, padding = self.pad(x * channel.unflatten(1, (-1, *(1,) * self.rank)))
-        geometry = (self.stride, padding, self.dilation, self.groups)
-        return conv(x, self.kernel(), self.bias, *geometry)
+        x = x * channel.unflatten(1, (-1, *(1,) * self.rank))
+        return self.convolve_static(x, self.kernel(), self.bias)
 
     def init_from(self, conv: ConvNd) -> None:
         """The kernel, with the gate's start g / 2 divided out; adapters start at 0."""

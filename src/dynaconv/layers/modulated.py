@@ -14,9 +14,7 @@ from dynaconv.registry import register_family
 EPSILON = 1e-8
 
 
-@register_family(
-    "modulated", primitive="conv_mixture", paper="Karras et al., CVPR 2020", transposed=True
-)
+@register_family("modulated", primitive="conv", paper="Karras et al., CVPR 2020", transposed=True)
 class ModulatedConv(DynamicConv):
     """A style scales the kernel's input channels, and its output channels to unit norm (StyleGAN2).
 
@@ -126,16 +124,15 @@ class ModulatedConv(DynamicConv):
         self, x: Tensor, channel: Tensor, filter: Tensor | None = None
     ) -> Tensor:
         ones = (1,) * self.rank
-        alone = x.new_ones(x.shape[0], 1)
         if filter is None:
             x = x * channel.to(x.dtype).unflatten(1, (-1, *ones))
-            return self.convolve_mixture(x, self.weight.unsqueeze(0), alone, self.bias)
+            return self.convolve_static(x, self.weight, self.bias)
         # Whatever is taken out of kernel and style comes back in the filter.
         size = _largest(self.weight) * math.sqrt(self.weight[0].numel())
         weight = (_precise(self.weight) / size.unflatten(0, (-1, 1, *ones))).to(self.weight.dtype)
         top = _largest(channel).unsqueeze(1)
         x = x * (channel / top).to(x.dtype).unflatten(1, (-1, *ones))
-        output = self.convolve_mixture(x, weight.unsqueeze(0), alone, None)
+        output = self.convolve_static(x, weight, None)
         filter = (filter * size * top).to(output.dtype)
         return self.add_bias(output * filter.unflatten(1, (-1, *ones)))
 

@@ -3,6 +3,7 @@
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dynaconv.functional import conv_transpose_per_sample, deform_conv_transpose
@@ -15,6 +16,7 @@ CONV_TRANSPOSES: dict[int, type[ConvNd]] = {
     2: nn.ConvTranspose2d,
     3: nn.ConvTranspose3d,
 }
+FUNCTIONS = {1: F.conv_transpose1d, 2: F.conv_transpose2d, 3: F.conv_transpose3d}
 
 
 class Transposed(DynamicConv):
@@ -77,6 +79,10 @@ class Transposed(DynamicConv):
     def generator_geometry(self) -> dict[str, Any]:
         """The kernel's positions are the input's."""
         return {"padding": "same", "dilation": self.dilation}
+
+    def convolve_static(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        weight = swap_channels(weight, self.groups, 0)
+        return FUNCTIONS[self.rank](x, weight, bias, *self._geometry())
 
     def convolve_mixture(
         self, x: Tensor, weight: Tensor, coefficients: Tensor, bias: Tensor | None
