@@ -15,17 +15,32 @@ def at_centres(layer: DynamicConv, x: Tensor, mask: Tensor | None) -> Tensor:
     """
     if layer.causal:
         return x
-    before, after = same_padding(layer.kernel_size, layer.dilation)
-    given = (before, after) if layer.padding == "same" else (layer.geometry().padding,) * 2
+    pairs = _beyond_centres(layer)
     widths = []
     for d in reversed(range(layer.rank)):
-        start, end = given[0][d] - before[d], given[1][d] - after[d]
+        start, end = pairs[d]
         widths += [start, end + -(x.shape[2 + d] + start + end) % layer.stride[d]]
     if not any(widths) and max(layer.stride) == 1:
         return x
     real = x.new_ones(1, *x.shape[2:]) if mask is None else mask.to(x.dtype)
     count = _cell_sums(F.pad(real.unsqueeze(1), widths), layer.stride)
     return _cell_sums(F.pad(x, widths), layer.stride) / count.clamp(min=1)
+
+
+def between_centres(layer: DynamicConv, x: Tensor) -> Tensor:
+    """x (N, C, *L) from the centre of the first window at stride 1 to that of the last.
+
+    Zero where a centre lies outside of x; what a 1x1 convolution of the layer's stride may read.
+    """
+    widths = [w for pair in reversed(_beyond_centres(layer)) for w in pair]
+    return F.pad(x, widths) if any(widths) else x
+
+
+def _beyond_centres(layer: DynamicConv) -> list[tuple[int, int]]:
+    """How far centres of windows lie before the input and after it, for each dimension."""
+    before, after = same_padding(layer.kernel_size, layer.dilation)
+    given = (before, after) if layer.padding == "same" else (layer.geometry().padding,) * 2
+    return [(given[0][d] - before[d], given[1][d] - after[d]) for d in range(layer.rank)]
 
 
 def _cell_sums(x: Tensor, cell: tuple[int, ...]) -> Tensor:

@@ -8,9 +8,9 @@ from torch import Tensor, nn
 
 from dynaconv.layers.attention import SafeBatchNorm
 from dynaconv.layers.base import ConvNd, DynamicConv, at_least, conv_nd, positive
+from dynaconv.layers.centres import between_centres
 from dynaconv.layers.regions import region_means
 from dynaconv.registry import register_family
-from dynaconv.shapes import same_padding
 
 
 @register_family("dcd", primitive="conv", paper="Li et al., ICLR 2021")
@@ -94,19 +94,10 @@ class DCDConv(DynamicConv):
     def residual(self, x: Tensor, phi: Tensor, mask: Tensor | None) -> Tensor:
         """P (bn2(Phi q) + q), (N, C_out, *L_out)."""
         out_mask = None if mask is None else self.output_mask(mask)
-        q = self.bn1(self.q(self._from_first_centre(x)), out_mask)
+        q = self.bn1(self.q(between_centres(self, x)), out_mask)
         latents = q.flatten(2).unflatten(1, (self.blocks, self.latent))
         fused = (phi @ latents.to(phi.dtype)).reshape(q.shape)
         return self.p(self.bn2(fused, out_mask) + q)
-
-    def _from_first_centre(self, x: Tensor) -> Tensor:
-        """x from the centre of the first window to that of the last, zero outside the input."""
-        before, after = same_padding(self.kernel_size, self.dilation)
-        given = (before, after) if self.padding == "same" else (self.geometry().padding,) * 2
-        widths = []
-        for d in reversed(range(self.rank)):
-            widths += [given[0][d] - before[d], given[1][d] - after[d]]
-        return F.pad(x, widths) if any(widths) else x
 
     def init_from(self, conv: ConvNd) -> None:
         """W_0 is the kernel, without residual and scaled by 1."""

@@ -17,6 +17,7 @@ from dynaconv.layers.base import (
     positive,
     without_autocast,
 )
+from dynaconv.layers.centres import between_centres
 from dynaconv.layers.interleave import interleave
 from dynaconv.layers.upsampler import Upsampler
 from dynaconv.masking import masked_mean
@@ -166,17 +167,8 @@ class DDFConv(_Decoupled):
 
     def generate(self, x: Tensor, mask: Tensor | None) -> dict[str, Tensor]:
         """`weight` s (N, heads, *K, *L_out) and `channel_filter` f (N, C_out, *K)."""
-        spatial, channel = self.branches(self._from_centre(x), masked_mean(x, mask))
+        spatial, channel = self.branches(between_centres(self, x), masked_mean(x, mask))
         return {"weight": spatial, "channel_filter": channel}
-
-    def _from_centre(self, x: Tensor) -> Tensor:
-        """x padded or cropped, so that it starts and ends with the centres of windows."""
-        before, after = same_padding(self.kernel_size, self.dilation)
-        given = (before, after) if self.padding == "same" else (self.geometry().padding,) * 2
-        widths = []
-        for d in reversed(range(self.rank)):
-            widths += [given[0][d] - before[d], given[1][d] - after[d]]
-        return F.pad(x, widths)
 
     def convolve(self, x: Tensor, weight: Tensor, channel_filter: Tensor) -> Tensor:  # type: ignore[override]
         x, padding = self.pad(self.values(x))
