@@ -73,17 +73,22 @@ def check_output(name: str, size: tuple[int, ...], geometry: Geometry) -> tuple[
     return output
 
 
+def check_output_padding(name: str, extra: tuple[int, ...], geometry: Geometry) -> None:
+    """Each dimension's output padding is below its stride or its dilation."""
+    for e, s, d in zip(extra, geometry.stride, geometry.dilation, strict=True):
+        if e >= max(s, d):
+            raise ValueError(
+                f"{name}: output_padding={extra} must be below stride {geometry.stride} "
+                f"or dilation {geometry.dilation}"
+            )
+
+
 def check_enlarged(
     name: str, size: tuple[int, ...], geometry: Geometry, output_padding: IntOrTuple
 ) -> tuple[int, ...]:
     """The spatial shape of a transposed convolution's output, refused where it is empty."""
     extra = ntuple(output_padding, len(size), "output_padding", minimum=0)
-    for e, s, d in zip(extra, geometry.stride, geometry.dilation, strict=True):
-        if e >= max(s, d):
-            raise ValueError(
-                f"{name}: output_padding={output_padding} must be below stride {geometry.stride} "
-                f"or dilation {geometry.dilation}"
-            )
+    check_output_padding(name, extra, geometry)
     output = enlarged_size(size, geometry, extra)
     if min(output) < 1:
         raise ValueError(

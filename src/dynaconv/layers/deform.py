@@ -16,6 +16,7 @@ from dynaconv.layers.base import (
     positive,
     without_autocast,
 )
+from dynaconv.layers.sampling import zero_
 from dynaconv.registry import register_family
 
 
@@ -48,8 +49,7 @@ class _Deform(DynamicConv):
             self.kernel_size,
             **self.generator_geometry(),
         )
-        for parameter in self.offset_conv.parameters():
-            nn.init.zeros_(parameter)
+        zero_(self.offset_conv)
 
     def generate(self, x: Tensor, mask: Tensor | None) -> dict[str, Tensor]:
         # Positions need more digits than half precision has: no autocast here.

@@ -1,17 +1,14 @@
 """DRConv: each region of the input has a kernel of its own (Chen, CVPR 2021)."""
 
-from functools import partial, reduce
+from functools import reduce
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dynaconv.layers.base import ConvNd, DynamicConv, at_least, conv_nd, without_autocast
-from dynaconv.masking import each_size
+from dynaconv.layers.regions import region_means
 from dynaconv.registry import register_family
-
-POOLS = (F.adaptive_avg_pool1d, F.adaptive_avg_pool2d, F.adaptive_avg_pool3d)
 
 
 @register_family("drconv", primitive="conv_per_sample", paper="Chen et al., CVPR 2021")
@@ -51,7 +48,7 @@ class DRConv(DynamicConv):
 
     def generate(self, x: Tensor, mask: Tensor | None) -> dict[str, Tensor]:
         """`kernel` (N, R * C_out, C_in / groups, *K); `guide` (N, R, *L_out), not yet decided."""
-        pooled = self._pooled(x, mask)
+        pooled = region_means(x, mask, self.kernel_size)
         kernel = self.fc2(torch.sigmoid(self.fc1(pooled)))
         kernel = kernel.unflatten(1, (self.regions * self.out_channels, -1))
         if self.weight is not None:
@@ -60,15 +57,6 @@ class DRConv(DynamicConv):
         with without_autocast(x.device.type):
             guide = self.guide(x.to(self.guide.weight.dtype))
         return {"kernel": kernel, "guide": guide}
-
-    def _pooled(self, x: Tensor, mask: Tensor | None) -> Tensor:
-        """The mean of x over a grid of the kernel's size, each sample over its real positions."""
-        pool = partial(POOLS[self.rank - 1], output_size=self.kernel_size)  # type: ignore[arg-type]
-        if mask is None:
-            return pool(x)
-        if not mask.any():
-            return x.new_zeros(*x.shape[:2], *self.kernel_size)
-        return each_size(pool, x, mask).data
 
     def kernels(self, input: Tensor, padding_mask: Tensor | None = None) -> dict[str, Tensor]:
         """`regions` (N, 1, *L_out), each position's region, and `kernel` as in `generate`."""

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from dynaconv.layers.adaptive_dilation import FreqSelect
 from dynaconv.layers.attention import Squeeze
 from dynaconv.layers.base import ConvNd, DynamicConv, at_least, causal, positive, without_autocast
+from dynaconv.layers.sampling import zero_
 from dynaconv.masking import masked_mean
 from dynaconv.registry import register_family
 
@@ -208,9 +209,7 @@ class FDConv(DynamicConv):
     def init_from(self, conv: ConvNd) -> None:
         """The kernel's spectrum; heads at 0, where every gate is 1."""
         self.spectrum.copy_(self.spectrum_of(conv.weight))
-        heads = [getattr(self, f"{name}_fc") for name in ("kernel", *GATES)]
-        for parameter in (p for head in heads if head is not None for p in head.parameters()):
-            nn.init.zeros_(parameter)
+        zero_(*(getattr(self, f"{name}_fc") for name in ("kernel", *GATES)))
         if self.local is not None:
             nn.init.zeros_(self.local.weight)
 

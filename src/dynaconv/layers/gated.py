@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from dynaconv.layers.base import ConvNd, DynamicConv, conv_nd, positive, without_autocast
 from dynaconv.layers.costs import add_cost
 from dynaconv.layers.framed import framed
+from dynaconv.layers.sampling import zero_
 from dynaconv.masking import masked_mean
 from dynaconv.registry import register_family
 from dynaconv.shapes import windows
@@ -122,8 +123,7 @@ class GatedConv(DynamicConv):
                 "layer.noise = True later"
             )
         self.weight.copy_(conv.weight)
-        for parameter in (*self.gate.parameters(), *self.gate_fc.parameters()):
-            nn.init.zeros_(parameter)
+        zero_(self.gate, self.gate_fc)
         nn.init.constant_(self.gate.bias, OPEN)  # type: ignore[arg-type]
 
     @classmethod

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from dynaconv.functional import deform_conv
 from dynaconv.layers.base import ConvNd, DynamicConv, conv_nd, without_autocast
-from dynaconv.layers.sampling import around_centres, kernel_grid
+from dynaconv.layers.sampling import around_centres, fitted, kernel_grid, repeated
 from dynaconv.masking import sizes_from_mask
 from dynaconv.registry import register_family
 from dynaconv.shapes import IntOrTuple, ntuple
@@ -162,26 +162,3 @@ class LDConv(DynamicConv):
             },
             plain | {"border": "zeros", "zero_offset": True},
         ]
-
-
-def repeated(
-    taps: Tensor, output: tuple[int, ...], stride: tuple[int, ...], before: tuple[int, ...]
-) -> Tensor:
-    """taps (T, D) at every output position, (T, D, *L_out), `before` positions earlier."""
-    axes = [
-        torch.arange(n, device=taps.device) * s - p
-        for n, s, p in zip(output, stride, before, strict=True)
-    ]
-    windows = torch.stack(torch.meshgrid(*axes, indexing="ij"))
-    return taps[(..., *(None,) * len(output))] + windows
-
-
-def fitted(
-    x: Tensor, kernel: tuple[int, ...], output: tuple[int, ...]
-) -> tuple[Tensor, tuple[int, ...]]:
-    """x with zeros at its ends, and the stride with which `kernel` gives `output` positions."""
-    stride, ends = [], []
-    for length, k, n in zip(x.shape[2:], kernel, output, strict=True):
-        stride.append(max(1, -(-(length - k + 1) // n)))
-        ends.append(max(0, k + (n - 1) * stride[-1] - length))
-    return F.pad(x, [width for end in reversed(ends) for width in (0, end)]), tuple(stride)

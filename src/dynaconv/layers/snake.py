@@ -3,14 +3,13 @@
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dynaconv.functional import deform_conv
 from dynaconv.functional._checks import check_output
 from dynaconv.layers.attention import SafeBatchNorm, masked_group_norm
 from dynaconv.layers.base import ConvNd, DynamicConv, conv_nd, positive, without_autocast
-from dynaconv.layers.sampling import around_centres, zero_
+from dynaconv.layers.sampling import around_centres, fitted, repeated, zero_
 from dynaconv.masking import sizes_from_mask
 from dynaconv.registry import register_family
 from dynaconv.shapes import IntOrTuple
@@ -133,20 +132,14 @@ class SnakeConv(DynamicConv):
         middle = [d * (k - 1) // 2 for k, d in zip(self.kernel_size, self.dilation, strict=True)]
         first = [m - b for m, b in zip(middle, before, strict=True)]
         first[self.axis] = -before[self.axis]
-        return self.chain(offset, first, self.dilation[self.axis], self.stride)
+        chain = self.chain(offset.device, self.dilation[self.axis])
+        before = tuple(-f for f in first)
+        return repeated(chain, tuple(offset.shape[-self.rank :]), self.stride, before).to(offset)
 
-    def chain(
-        self, offset: Tensor, first: list[int], dilation: int, stride: tuple[int, ...]
-    ) -> Tensor:
-        """Positions (taps, D, *L_out) of straight chains whose first tap starts at `first`."""
-        lines = [
-            start + s * torch.arange(size, device=offset.device)
-            for start, s, size in zip(first, stride, offset.shape[-self.rank :], strict=True)
-        ]
-        starts = torch.stack(torch.meshgrid(*lines, indexing="ij"))
-        along = torch.arange(self.rank, device=offset.device) == self.axis
-        tap = dilation * torch.arange(self.taps, device=offset.device).unsqueeze(1) * along
-        return (tap[(..., *(None,) * self.rank)] + starts).to(offset.dtype)
+    def chain(self, device: torch.device, dilation: int) -> Tensor:
+        """The taps of a straight chain, (taps, D), from its first."""
+        along = torch.arange(self.rank, device=device) == self.axis
+        return dilation * torch.arange(self.taps, device=device).unsqueeze(1) * along
 
     # The convolution -----------------------------------------------------------------------
 
@@ -156,16 +149,10 @@ class SnakeConv(DynamicConv):
         They are as many, which a stride and zeros at the end see to; offsets lead from there to
         the chain. Windows of the chain alone, at the layer's places, may leave part of x out.
         """
-        x, kernel = self.pad(x)[0], self.weight.shape[2:]
-        sizes = list(zip(x.shape[2:], kernel, offset.shape[2:], strict=True))
-        stride = tuple(max(1, -(-(length - k + 1) // count)) for length, k, count in sizes)
-        ends = [
-            max(0, (count - 1) * s + k - length)
-            for (length, k, count), s in zip(sizes, stride, strict=True)
-        ]
-        x = F.pad(x, [w for end in reversed(ends) for w in (0, end)])
-        moved = self.straight(offset) - self.chain(offset, [0] * self.rank, 1, stride)
-        offset = offset + moved.flatten(0, 1)
+        output = tuple(offset.shape[2:])
+        x, stride = fitted(self.pad(x)[0], tuple(self.weight.shape[2:]), output)
+        there = repeated(self.chain(x.device, 1), output, stride, (0,) * self.rank)
+        offset = offset + (self.straight(offset) - there).flatten(0, 1)
         return deform_conv(x, offset, self.weight, self.bias, stride, groups=self.groups)
 
     def init_from(self, conv: ConvNd) -> None:

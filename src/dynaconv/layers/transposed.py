@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dynaconv.functional import conv_transpose_per_sample, deform_conv_transpose
+from dynaconv.functional._checks import check_output_padding
 from dynaconv.layers.base import ConvNd, DynamicConv, conv_nd
 from dynaconv.masking import mask_from_sizes, sizes_from_mask
 from dynaconv.shapes import IntOrTuple, enlarged_size, ntuple
@@ -65,12 +66,7 @@ class Transposed(DynamicConv):
             dtype,
             **options,
         )
-        for extra, s, d in zip(self.output_padding, self.stride, self.dilation, strict=True):
-            if extra >= max(s, d):
-                raise ValueError(
-                    f"output_padding={output_padding} must be below stride or dilation, "
-                    f"{self.stride}, {self.dilation}"
-                )
+        check_output_padding(type(self).__name__, self.output_padding, self.geometry())
 
     @property
     def sampled_channels(self) -> int:
