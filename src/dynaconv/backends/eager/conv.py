@@ -25,7 +25,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dynaconv.backends.eager.conv_per_sample import static, static_backward
-from dynaconv.backends.eager.ops import GEOMETRY, Operator, few_at_a_time, output_like
+from dynaconv.backends.operator import GEOMETRY, Operator, few_at_a_time, output_like
 from dynaconv.dispatch import under_transform
 from dynaconv.shapes import Geometry
 

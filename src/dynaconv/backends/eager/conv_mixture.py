@@ -15,7 +15,7 @@ from torch import Tensor
 
 from dynaconv.backends import reference
 from dynaconv.backends.eager import conv_per_sample as per_sample
-from dynaconv.backends.eager.ops import GEOMETRY, Operator, few_at_a_time, output_like
+from dynaconv.backends.operator import GEOMETRY, Operator, few_at_a_time, output_like
 from dynaconv.shapes import Geometry
 
 # Numbers in a chunk of mixed kernels: 16 MB in float32, which a last-level cache holds; but at

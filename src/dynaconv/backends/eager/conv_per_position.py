@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dynaconv.backends import reference
-from dynaconv.backends.eager.ops import GEOMETRY, Operator, memory_format, output_like
+from dynaconv.backends.operator import GEOMETRY, Operator, memory_format, output_like
 from dynaconv.shapes import Geometry
 
 

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from dynaconv.backends import reference
-from dynaconv.backends.eager.ops import (
+from dynaconv.backends.operator import (
     GEOMETRY,
     Operator,
     few_at_a_time,

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from dynaconv.backends import reference
-from dynaconv.backends.eager.ops import GEOMETRY, Operator, few_at_a_time, output_like
+from dynaconv.backends.operator import GEOMETRY, Operator, few_at_a_time, output_like
 from dynaconv.shapes import Geometry
 
 # Sampled numbers of one tap that are held at a time: 4 MB in float32.

@@ -1,4 +1,4 @@
-"""What the eager operators share: schema, fake kernel, autograd, vmap, from two functions each.
+"""What the operators of eager and native share: schema, fake kernel, autograd, vmap, from two functions each.
 
 An operator `dynaconv::name` computes forward; `dynaconv::name_backward` computes the gradients of
 its differentiable tensors. The gradient of that backward is taken from the reference formula, so
