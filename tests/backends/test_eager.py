@@ -23,6 +23,12 @@ every_primitive = pytest.mark.parametrize("primitive", PRIMITIVES, indirect=True
 every_rank = pytest.mark.parametrize("rank", [1, 2, 3])
 
 
+@pytest.fixture(autouse=True)
+def _without_native(monkeypatch):
+    others = [b for b in dispatch.BACKENDS if b.name != "native"]
+    monkeypatch.setattr(dispatch, "BACKENDS", others)
+
+
 @pytest.fixture
 def primitive(request, monkeypatch):
     """Its name, with the path forced that is named after "by"."""
