@@ -55,6 +55,16 @@ def test_backend_forces_and_nests(call):
         dispatch.BACKENDS.remove(fake)
 
 
+def test_down_from(call, monkeypatch):
+    problem, _ = prepare(*call)
+    order = [dispatch.Backend(n, lambda p: None, {problem.primitive: max}) for n in "abc"]
+    monkeypatch.setattr(dispatch, "BACKENDS", order)
+    with dynaconv.backend("a"), dispatch.down_from("b"):
+        assert dispatch.backends() == ["b", "c"]
+        assert "b: chosen" in dispatch.report(problem)
+    assert dispatch.backends() == ["a", "b", "c"]
+
+
 def test_unsupported_gives_every_reason(call, monkeypatch):
     picky = dispatch.Backend(
         "picky", lambda p: f"only 2-D, got {p.rank}-D", {"conv_per_sample": max}

@@ -24,9 +24,9 @@ every_rank = pytest.mark.parametrize("rank", [1, 2, 3])
 
 
 @pytest.fixture(autouse=True)
-def _without_native(monkeypatch):
-    others = [b for b in dispatch.BACKENDS if b.name != "native"]
-    monkeypatch.setattr(dispatch, "BACKENDS", others)
+def _on_eager():
+    with dispatch.down_from("eager"):
+        yield
 
 
 @pytest.fixture
