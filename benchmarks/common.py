@@ -178,12 +178,16 @@ def timed(step: Callable, contender: Contender) -> float:
     return 1e3 * (time.perf_counter() - start)
 
 
-def peak(call: Callable[[], Any]) -> float:
-    """MB that the process holds at most during the call, beyond what it held before."""
+def peak(call: Callable[[], Any], warm: bool = True) -> float:
+    """MB that the process holds at most during the call, beyond what it held before.
+
+    warm=False: the same call was made before, and need not be made once more.
+    """
     if not CLEAR.exists():
         return float("nan")
     keep_freed_memory(False)
-    call()
+    if warm:
+        call()
     gc.collect()
     ctypes.CDLL(None).malloc_trim(0)
     CLEAR.write_text("5")  # sets the high-water mark to what is held now

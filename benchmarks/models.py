@@ -265,7 +265,7 @@ def run(title: str, make: Callable, published: Callable | None) -> None:
         for net in nets:
             net.model.train(training)
         rounds(nets, step, [line.both if training else line.forward for line in lines])
-        memory.append([peak(lambda net=net, step=step: step(net)) for net in nets])
+        memory.append([peak(lambda net=net, step=step: step(net), warm=False) for net in nets])
     for line, *used in zip(lines, *memory, strict=True):
         line.memory = tuple(used)
     show(f"{title}, {SIZE}x{SIZE}, batch {BATCH}", lines)
