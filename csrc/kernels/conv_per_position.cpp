@@ -128,11 +128,33 @@ void fill(const View<T>& x, const int64_t (&have)[3], const int64_t (&from)[3], 
     }
 }
 
-// The taps' weights along one row of output positions.
+// The taps' weights along one row of output positions, and how far on the next row's lie: too many
+// streams for the hardware to foresee, so that they are fetched a row ahead. Either the positions
+// or the taps of a row of the kernel are next to each other.
 template <class C>
 struct Row {
   const C* data;
-  int64_t tap[3];
+  int64_t tap[3], at, ahead;
+};
+
+// One row of the kernel's taps, with that known to the compiler.
+template <class C, bool together>
+struct Taps {
+  const C* data;
+  int64_t tap, at, ahead;
+  DYNACONV_INLINE C operator()(int k, int p) const {
+    return together ? data[k + p * at] : data[k * tap + p];
+  }
+  DYNACONV_INLINE Taps from(int64_t k) const {
+    return {data + k * (together ? 1 : tap), tap, at, ahead};
+  }
+  template <int P>
+  DYNACONV_INLINE void prefetch(int64_t taps) const {
+    if (together)
+      for (int p = 0; p < P; ++p) __builtin_prefetch(data + p * at + ahead);
+    else
+      for (int64_t k = 0; k < taps; ++k) __builtin_prefetch(data + k * tap + ahead);
+  }
 };
 
 // Where the tensor itself holds the row as it is computed with, that; otherwise a copy.
@@ -142,7 +164,8 @@ Row<C> weights(const PerPosition& a, const Piece& p, const int64_t (&at)[3], int
   const T* w = static_cast<const T*>(a.weight) + p.n * a.w_stride[0] + p.g * a.w_stride[1] +
                at[0] * a.at[0] + at[1] * a.at[1] + at[2] * a.at[2];
   if constexpr (sizeof(T) == sizeof(C))
-    if (a.at[2] == 1) return {w, {a.tap[0], a.tap[1], a.tap[2]}};
+    if (a.at[2] == 1 || (a.tap[2] == 1 && by_channels<T>(a)))
+      return {w, {a.tap[0], a.tap[1], a.tap[2]}, a.at[2], a.at[1]};
   const int64_t pitch = whole<C>(count), k1 = a.kernel[1], k2 = a.kernel[2];
   if (a.tap[0] == k1 * a.tap[1] && a.tap[1] == k2 * a.tap[2]) {
     move(taps(a), count, w, {a.tap[2], a.at[2]}, scratch, {pitch, 1}, false);
@@ -151,15 +174,19 @@ Row<C> weights(const PerPosition& a, const Piece& p, const int64_t (&at)[3], int
       move(k2, count, w + k / k1 * a.tap[0] + k % k1 * a.tap[1], {a.tap[2], a.at[2]},
            scratch + k * k2 * pitch, {pitch, 1}, false);
   }
-  return {scratch, {k1 * k2 * pitch, k2 * pitch, pitch}};
+  return {scratch, {k1 * k2 * pitch, k2 * pitch, pitch}, 1, 0};
 }
 
 // Channels as lanes --------------------------------------------------------------------------
 
+template <bool together, class C>
+DYNACONV_INLINE Taps<C, together> taps_of(const Row<C>& w, int64_t i, int64_t j, int64_t p) {
+  return {w.data + i * w.tap[0] + j * w.tap[1] + p * w.at, w.tap[2], w.at, w.ahead};
+}
+
 // P positions and N vectors of channels meet K taps at stride and dilation 1.
-template <class C, int P, int K, int N>
-DYNACONV_INLINE void slide(Vector<C> (&sum)[P][N], const C* x, int64_t pitch, const C* w,
-                           int64_t tap) {
+template <int K, class C, int P, int N, bool U>
+DYNACONV_INLINE void slide(Vector<C> (&sum)[P][N], const C* x, int64_t pitch, Taps<C, U> w) {
 #pragma GCC unroll 16
   for (int i = 0; i < P + K - 1; ++i)
 #pragma GCC unroll 2
@@ -167,14 +194,13 @@ DYNACONV_INLINE void slide(Vector<C> (&sum)[P][N], const C* x, int64_t pitch, co
       const Vector<C> v = load(x + i * pitch + n * VectorOf<C>::lanes);
 #pragma GCC unroll 8
       for (int k = 0; k < K; ++k)
-        if (i - k >= 0 && i - k < P) sum[i - k][n] += v * w[k * tap + i - k];
+        if (i - k >= 0 && i - k < P) sum[i - k][n] += v * w(k, i - k);
     }
 }
 
 // Its transpose: adds to x.
-template <class C, int P, int K, int N>
-DYNACONV_INLINE void slide_back(const Vector<C> (&g)[P][N], C* x, int64_t pitch, const C* w,
-                                int64_t tap) {
+template <int K, class C, int P, int N, bool U>
+DYNACONV_INLINE void slide(const Vector<C> (&g)[P][N], C* x, int64_t pitch, Taps<C, U> w) {
 #pragma GCC unroll 16
   for (int i = 0; i < P + K - 1; ++i)
 #pragma GCC unroll 2
@@ -183,48 +209,44 @@ DYNACONV_INLINE void slide_back(const Vector<C> (&g)[P][N], C* x, int64_t pitch,
       Vector<C> v = load(at);
 #pragma GCC unroll 8
       for (int k = 0; k < K; ++k)
-        if (i - k >= 0 && i - k < P) v += g[i - k][n] * w[k * tap + i - k];
+        if (i - k >= 0 && i - k < P) v += g[i - k][n] * w(k, i - k);
       store(at, v);
     }
 }
 
-// One row of taps over P positions, at any stride and dilation.
-template <class C, int P, int N>
-DYNACONV_INLINE void row_of_taps(const PerPosition& a, Vector<C> (&sum)[P][N], const C* x,
-                                 int64_t pitch, const C* w, int64_t tap) {
-  const int64_t s = a.stride[2], d = a.dilation[2], K = a.kernel[2];
-  int64_t k = 0;
-  if (s == 1 && d == 1) {
-    for (; k + 7 <= K; k += 7) slide<C, P, 7, N>(sum, x + k * pitch, pitch, w + k * tap, tap);
-    if (k + 5 <= K) slide<C, P, 5, N>(sum, x + k * pitch, pitch, w + k * tap, tap), k += 5;
-    if (k + 3 <= K) slide<C, P, 3, N>(sum, x + k * pitch, pitch, w + k * tap, tap), k += 3;
-  }
-  for (; k < K; ++k)
+// One tap over P positions, at any stride: `apart` numbers of x from one position to the next.
+template <class C, int P, int N, bool U>
+DYNACONV_INLINE void one_tap(Vector<C> (&sum)[P][N], const C* x, int64_t apart, Taps<C, U> w) {
 #pragma GCC unroll 8
-    for (int j = 0; j < P; ++j)
+  for (int j = 0; j < P; ++j)
 #pragma GCC unroll 2
-      for (int n = 0; n < N; ++n)
-        sum[j][n] += load(x + (j * s + k * d) * pitch + n * VectorOf<C>::lanes) * w[k * tap + j];
+    for (int n = 0; n < N; ++n)
+      sum[j][n] += load(x + j * apart + n * VectorOf<C>::lanes) * w(0, j);
 }
 
-template <class C, int P, int N>
-DYNACONV_INLINE void row_of_taps_back(const PerPosition& a, const Vector<C> (&g)[P][N], C* x,
-                                      int64_t pitch, const C* w, int64_t tap) {
+template <class C, int P, int N, bool U>
+DYNACONV_INLINE void one_tap(const Vector<C> (&g)[P][N], C* x, int64_t apart, Taps<C, U> w) {
+#pragma GCC unroll 8
+  for (int j = 0; j < P; ++j)
+#pragma GCC unroll 2
+    for (int n = 0; n < N; ++n) {
+      C* at = x + j * apart + n * VectorOf<C>::lanes;
+      store(at, load(at) + g[j][n] * w(0, j));
+    }
+}
+
+// One row of taps over P positions: adds x to `values`, or (where they are const) these to x.
+template <class Values, class X, class W>
+DYNACONV_INLINE void row_of_taps(const PerPosition& a, Values& values, X* x, int64_t pitch, W w) {
   const int64_t s = a.stride[2], d = a.dilation[2], K = a.kernel[2];
   int64_t k = 0;
+  w.template prefetch<sizeof(values) / sizeof(values[0])>(K);
   if (s == 1 && d == 1) {
-    for (; k + 7 <= K; k += 7) slide_back<C, P, 7, N>(g, x + k * pitch, pitch, w + k * tap, tap);
-    if (k + 5 <= K) slide_back<C, P, 5, N>(g, x + k * pitch, pitch, w + k * tap, tap), k += 5;
-    if (k + 3 <= K) slide_back<C, P, 3, N>(g, x + k * pitch, pitch, w + k * tap, tap), k += 3;
+    for (; k + 7 <= K; k += 7) slide<7>(values, x + k * pitch, pitch, w.from(k));
+    if (k + 5 <= K) slide<5>(values, x + k * pitch, pitch, w.from(k)), k += 5;
+    if (k + 3 <= K) slide<3>(values, x + k * pitch, pitch, w.from(k)), k += 3;
   }
-  for (; k < K; ++k)
-#pragma GCC unroll 8
-    for (int j = 0; j < P; ++j)
-#pragma GCC unroll 2
-      for (int n = 0; n < N; ++n) {
-        C* at = x + (j * s + k * d) * pitch + n * VectorOf<C>::lanes;
-        store(at, load(at) + g[j][n] * w[k * tap + j]);
-      }
+  for (; k < K; ++k) one_tap(values, x + k * d * pitch, s * pitch, w.from(k));
 }
 
 // f(P, first position) over `count` positions, in blocks of 8 or 7 and what is left.
@@ -249,7 +271,7 @@ DYNACONV_INLINE void in_vectors(int64_t channels, const F& f) {
 }
 
 // A row of outputs: x at the first position that its first tap sees, y at its first position.
-template <class C>
+template <bool together, class C>
 void output_row(const PerPosition& a, int64_t count, int64_t channels, const C* x, const Box& seen,
                 const Row<C>& w, C* y) {
   constexpr int lanes = VectorOf<C>::lanes;
@@ -259,10 +281,10 @@ void output_row(const PerPosition& a, int64_t count, int64_t channels, const C* 
       Vector<C> sum[P][N] = {};
       for (int64_t i = 0; i < a.kernel[0]; ++i)
         for (int64_t j = 0; j < a.kernel[1]; ++j)
-          row_of_taps<C, P, N>(a, sum,
-                               x + i * a.dilation[0] * seen.plane + j * a.dilation[1] * seen.row +
-                                   p * a.stride[2] * pitch + c,
-                               pitch, w.data + i * w.tap[0] + j * w.tap[1] + p, w.tap[2]);
+          row_of_taps(a, sum,
+                      x + i * a.dilation[0] * seen.plane + j * a.dilation[1] * seen.row +
+                          p * a.stride[2] * pitch + c,
+                      pitch, taps_of<together>(w, i, j, p));
 #pragma GCC unroll 8
       for (int j = 0; j < P; ++j)
 #pragma GCC unroll 2
@@ -272,9 +294,9 @@ void output_row(const PerPosition& a, int64_t count, int64_t channels, const C* 
 }
 
 // Adds what a row of outputs sends back along one row of taps.
-template <class C>
+template <bool together, class C>
 void input_row(const PerPosition& a, int64_t count, int64_t channels, C* x, int64_t pitch,
-               const C* w, int64_t tap, const C* g) {
+               const Row<C>& w, int64_t i, int64_t k, const C* g) {
   constexpr int lanes = VectorOf<C>::lanes;
   in_vectors<C>(channels, [&]<int N>(int64_t c) {
     in_blocks(count, [&]<int P>(int64_t p) {
@@ -283,7 +305,8 @@ void input_row(const PerPosition& a, int64_t count, int64_t channels, C* x, int6
       for (int j = 0; j < P; ++j)
 #pragma GCC unroll 2
         for (int n = 0; n < N; ++n) up[j][n] = load(g + (p + j) * pitch + c + n * lanes);
-      row_of_taps_back<C, P, N>(a, up, x + p * a.stride[2] * pitch + c, pitch, w + p, tap);
+      const Vector<C>(&values)[P][N] = up;
+      row_of_taps(a, values, x + p * a.stride[2] * pitch + c, pitch, taps_of<together>(w, i, k, p));
     });
   });
 }
@@ -340,6 +363,7 @@ DYNACONV_INLINE void weight_vector(const PerPosition& a, const C* x, const Box& 
   int64_t at[K];
 #pragma GCC unroll 8
   for (int i = 0; i < K; ++i) {
+    __builtin_prefetch(w + i * tap + a.at[1], 1);
     sum[i] = add ? load_first(w + i * tap, count) : Vector<C>{};
     at[i] = shift(a, k + i, width);
   }
@@ -437,12 +461,13 @@ void output(const PerPosition& a, int64_t begin, int64_t end, void* scratch) {
         const C* from = x + d * a.stride[0] * seen.plane + h * a.stride[1] * seen.row;
         C* to = y + d * made.plane + h * made.row;
         if (lanes) {
-          output_row(a, p.size[2], p.channels, from, seen, w, to);
+          (w.at == 1 ? output_row<false, C> : output_row<true, C>)(a, p.size[2], p.channels, from,
+                                                                  seen, w, to);
           continue;
         }
         const int64_t width = phase_width<C>(a, p.size[2]);
         for (int64_t i = 0; i < p.size[2]; i += VectorOf<C>::lanes) {
-          const Row<C> here = {w.data + i, {w.tap[0], w.tap[1], w.tap[2]}};
+          const Row<C> here = {w.data + i, {w.tap[0], w.tap[1], w.tap[2]}, 1, w.ahead};
           const auto run = [&]<int M>(int64_t c) {
             output_vector<C, M>(a, from + i + c * seen.step.channel, seen, width, here,
                                 p.size[2] - i, to + i + c * made.step.channel, made.step.channel);
@@ -498,7 +523,8 @@ void send_back(const PerPosition& a, const Piece& p, const Range (&up)[3], int64
       C* row = x + z * box.plane + y * box.row;
       const C* weight = w.data + i * w.tap[0] + j * w.tap[1];
       if (box.step.channel == 1) {
-        input_row(a, up[2].size, p.channels, row, box.step.position, weight, w.tap[2], from);
+        (w.at == 1 ? input_row<false, C> : input_row<true, C>)(
+            a, up[2].size, p.channels, row, box.step.position, w, i, j, from);
         continue;
       }
       const int64_t width = phase_width<C>(a, up[2].size);
