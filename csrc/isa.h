@@ -16,22 +16,25 @@ const char* isa_name();
 
 }  // namespace dynaconv
 
-// DYNACONV_CALL(function(arguments)): in the namespace of the instruction set at hand.
+// DYNACONV_DECLARE(declarations): once in each instruction set's namespace.
+// DYNACONV_RUN(call): in the namespace of the one at hand; DYNACONV_CALL(result, call) keeps what
+// it returns.
 #if defined(__x86_64__)
-#define DYNACONV_CALL(...)                                     \
-  do {                                                         \
-    switch (::dynaconv::isa()) {                               \
-      case ::dynaconv::Isa::avx512: avx512::__VA_ARGS__; break; \
-      case ::dynaconv::Isa::avx2: avx2::__VA_ARGS__; break;     \
-      default: portable::__VA_ARGS__;                          \
-    }                                                          \
-  } while (0)
-// DYNACONV_DECLARE(declarations): once in each namespace.
-#define DYNACONV_DECLARE(...)            \
-  namespace portable { __VA_ARGS__ }     \
-  namespace avx2 { __VA_ARGS__ }         \
+#define DYNACONV_DECLARE(...)        \
+  namespace portable { __VA_ARGS__ } \
+  namespace avx2 { __VA_ARGS__ }     \
   namespace avx512 { __VA_ARGS__ }
+#define DYNACONV_WHERE(prefix, ...)                                  \
+  do {                                                               \
+    switch (::dynaconv::isa()) {                                     \
+      case ::dynaconv::Isa::avx512: prefix avx512::__VA_ARGS__; break; \
+      case ::dynaconv::Isa::avx2: prefix avx2::__VA_ARGS__; break;     \
+      default: prefix portable::__VA_ARGS__;                         \
+    }                                                                \
+  } while (0)
 #else
-#define DYNACONV_CALL(...) portable::__VA_ARGS__
 #define DYNACONV_DECLARE(...) namespace portable { __VA_ARGS__ }
+#define DYNACONV_WHERE(prefix, ...) prefix portable::__VA_ARGS__
 #endif
+#define DYNACONV_RUN(...) DYNACONV_WHERE(, __VA_ARGS__)
+#define DYNACONV_CALL(result, ...) DYNACONV_WHERE(result =, __VA_ARGS__)

@@ -7,6 +7,10 @@
 #include "types.h"
 
 #if defined(__AVX512F__)
+#include <immintrin.h>
+#endif
+
+#if defined(__AVX512F__)
 #define DYNACONV_BYTES 64
 #elif defined(__AVX__)
 #define DYNACONV_BYTES 32
@@ -25,6 +29,26 @@ struct VectorOf {
 };
 template <class T>
 using Vector = typename VectorOf<T>::type;
+
+// 0 ... n - 1 as a type, and a signed integer of as many bytes as a number has.
+template <int... i>
+struct Indices {};
+template <int n, int... i>
+struct IndicesTo : IndicesTo<n - 1, n - 1, i...> {};
+template <int... i>
+struct IndicesTo<0, i...> {
+  typedef Indices<i...> type;
+};
+template <int bytes>
+struct IntegerOf {
+  typedef int32_t type;
+};
+template <>
+struct IntegerOf<8> {
+  typedef int64_t type;
+};
+template <int bytes>
+using Integer = typename IntegerOf<bytes>::type;
 
 // What a dtype is computed in: bfloat16 in float.
 template <class T>
@@ -74,6 +98,63 @@ DYNACONV_INLINE bfloat16 narrow<bfloat16>(float x) {
   memcpy(&bits, &x, sizeof bits);
   if (x != x) return {static_cast<uint16_t>((bits >> 16) | 0x40)};
   return {static_cast<uint16_t>((bits + 0x7fff + ((bits >> 16) & 1)) >> 16)};  // to nearest even
+}
+
+typedef uint16_t Halves __attribute__((vector_size(DYNACONV_BYTES / 2)));
+typedef uint32_t Words __attribute__((vector_size(DYNACONV_BYTES)));
+
+DYNACONV_INLINE Vector<float> widen_all(const bfloat16* from) {
+  Halves h;
+  memcpy(&h, from, sizeof h);
+  return (Vector<float>)(__builtin_convertvector(h, Words) << 16);
+}
+
+DYNACONV_INLINE void narrow_all(bfloat16* to, Vector<float> v) {
+  const Words bits = (Words)v;
+  const Words nan = (Words)(v != v);
+  const Words rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
+  const Halves h = __builtin_convertvector((nan & ((bits >> 16) | 0x40)) | (~nan & rounded), Halves);
+  memcpy(to, &h, sizeof h);
+}
+
+// The first n numbers from memory, computed with as Compute<T>; the other lanes are 0.
+template <class T>
+DYNACONV_INLINE Vector<Compute<T>> load_first(const T* from, int64_t n) {
+  constexpr int lanes = VectorOf<Compute<T>>::lanes;
+  if (n >= lanes) n = lanes;
+#if defined(__AVX512F__)
+  if constexpr (sizeof(T) == 4)
+    return (Vector<Compute<T>>)_mm512_maskz_loadu_ps(static_cast<__mmask16>((1u << n) - 1), from);
+  if constexpr (sizeof(T) == 8)
+    return (Vector<Compute<T>>)_mm512_maskz_loadu_pd(static_cast<__mmask8>((1u << n) - 1), from);
+#endif
+  if constexpr (sizeof(T) == sizeof(Compute<T>))
+    if (n == lanes) return load(from);
+  if constexpr (sizeof(T) == 2)
+    if (n == lanes) return widen_all(from);
+  Compute<T> numbers[lanes] __attribute__((aligned(DYNACONV_BYTES))) = {};
+  for (int64_t i = 0; i < n; ++i) numbers[i] = widen(from[i]);
+  return load(numbers);
+}
+
+// The first n lanes to memory.
+template <class T>
+DYNACONV_INLINE void store_first(T* to, Vector<Compute<T>> v, int64_t n) {
+  constexpr int lanes = VectorOf<Compute<T>>::lanes;
+  if (n >= lanes) n = lanes;
+#if defined(__AVX512F__)
+  if constexpr (sizeof(T) == 4)
+    return _mm512_mask_storeu_ps(to, static_cast<__mmask16>((1u << n) - 1), (__m512)v);
+  if constexpr (sizeof(T) == 8)
+    return _mm512_mask_storeu_pd(to, static_cast<__mmask8>((1u << n) - 1), (__m512d)v);
+#endif
+  if constexpr (sizeof(T) == sizeof(Compute<T>))
+    if (n == lanes) return store(to, v);
+  if constexpr (sizeof(T) == 2)
+    if (n == lanes) return narrow_all(to, v);
+  Compute<T> numbers[lanes] __attribute__((aligned(DYNACONV_BYTES)));
+  store(numbers, v);
+  for (int64_t i = 0; i < n; ++i) to[i] = narrow<T>(numbers[i]);
 }
 
 template <class T>

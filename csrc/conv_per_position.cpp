@@ -1,0 +1,146 @@
+// The operators of conv_per_position: shapes, tiles, threads.
+#include "conv_per_position.h"
+
+#include "binding.h"
+
+namespace dynaconv {
+namespace {
+
+// What a task's scratch should fit into: most of a core's second-level cache.
+constexpr int64_t BUDGET = 448 * 1024;
+// Channels that a task takes at once.
+constexpr int64_t CHUNK = 64;
+
+void in_three(const Tensor& t, int64_t (&stride)[5]) {
+  const int64_t rank = t.dim() - 2;
+  stride[0] = t.stride(0), stride[1] = t.stride(1);
+  for (int64_t d = 0; d < 3; ++d) stride[2 + d] = d < 3 - rank ? 0 : t.stride(d - 3 + rank + 2);
+}
+
+PerPosition call(const Tensor& input, const Tensor& weight, const Tensor& output,
+                 const Ints& stride, const Ints& padding, const Ints& dilation) {
+  PerPosition a = {};
+  const int64_t rank = input.dim() - 2;
+  STD_TORCH_CHECK(rank >= 1 && rank <= 3 && weight.dim() == 2 + 2 * rank,
+                  "conv_per_position: not a shape that the kernels know");
+  a.batch = input.size(0), a.groups = weight.size(1), a.channels = input.size(1) / a.groups;
+  for (int64_t i = 0; i < 3; ++i) {
+    const int64_t d = i - 3 + rank;  // along which spatial dimension; the first ones may not exist
+    const bool has = d >= 0;
+    a.in[i] = has ? input.size(2 + d) : 1, a.out[i] = has ? output.size(2 + d) : 1;
+    a.kernel[i] = has ? weight.size(2 + d) : 1;
+    a.stride[i] = has ? stride[d] : 1, a.padding[i] = has ? padding[d] : 0;
+    a.dilation[i] = has ? dilation[d] : 1;
+    a.tap[i] = has ? weight.stride(2 + d) : 0, a.at[i] = has ? weight.stride(2 + rank + d) : 0;
+  }
+  in_three(input, a.x_stride);
+  in_three(output, a.y_stride);
+  a.w_stride[0] = weight.stride(0), a.w_stride[1] = weight.stride(1);
+  a.input = input.data_ptr(), a.weight = weight.data_ptr(), a.output = output.data_ptr();
+  return a;
+}
+
+int64_t count_tasks(const PerPosition& a, const int64_t (&space)[3], bool chunked) {
+  int64_t tasks = a.batch * a.groups * (chunked ? pieces(a.channels, a.chunk) : 1);
+  for (int d = 0; d < 3; ++d) tasks *= pieces(space[d], a.tile[d]);
+  return tasks;
+}
+
+// Halves the box of a task until its scratch fits and there is work for every thread.
+template <class F>
+void cut(PerPosition& a, const int64_t (&space)[3], bool chunked, const F& scratch) {
+  const int64_t threads = torch::stable::get_num_threads();
+  a.chunk = std::min(a.channels, CHUNK);
+  for (int d = 0; d < 3; ++d) a.tile[d] = space[d];
+  const auto halve = [&](int d, int64_t least) {
+    if (a.tile[d] <= least) return false;
+    a.tile[d] = std::max(least, (a.tile[d] + 1) / 2);
+    return true;
+  };
+  while (scratch() > BUDGET && (halve(0, 1) || halve(1, 4) || halve(2, 64) || halve(1, 1)))
+    ;
+  while (count_tasks(a, space, chunked) < 4 * threads &&
+         (halve(0, 1) || halve(1, 4) || halve(2, 64)))
+    ;
+  a.tasks = count_tasks(a, space, chunked);
+}
+
+template <class F>
+void run(const PerPosition& a, int64_t scratch, const F& kernel) {
+  torch::stable::parallel_for(0, a.tasks, 1, [&](int64_t begin, int64_t end) {
+    const Scratch memory(scratch);
+    kernel(begin, end, memory.as<void>());
+  });
+}
+
+void output(Tensor output, const Tensor input, const Tensor weight, Ints stride, Ints padding,
+            Ints dilation) {
+  PerPosition a = call(input, weight, output, stride, padding, dilation);
+  with_dtype(input, [&](auto type) {
+    using T = decltype(type);
+    int64_t bytes = 0;
+    const auto scratch = [&] {
+      DYNACONV_CALL(bytes, per_position::output_scratch<T>(a));
+      return bytes;
+    };
+    cut(a, a.out, true, scratch);
+    run(a, scratch(), [&](int64_t begin, int64_t end, void* memory) {
+      DYNACONV_RUN(per_position::output<T>(a, begin, end, memory));
+    });
+  });
+}
+
+void input_gradient(Tensor gradient, const Tensor grad, const Tensor weight, Ints stride,
+                    Ints padding, Ints dilation) {
+  PerPosition a = call(gradient, weight, grad, stride, padding, dilation);
+  with_dtype(grad, [&](auto type) {
+    using T = decltype(type);
+    int64_t bytes = 0;
+    const auto scratch = [&] {
+      DYNACONV_CALL(bytes, per_position::input_scratch<T>(a));
+      return bytes;
+    };
+    cut(a, a.in, true, scratch);
+    run(a, scratch(), [&](int64_t begin, int64_t end, void* memory) {
+      DYNACONV_RUN(per_position::input<T>(a, begin, end, memory));
+    });
+  });
+}
+
+void weight_gradient(Tensor gradient, const Tensor grad, const Tensor input, Ints stride,
+                     Ints padding, Ints dilation) {
+  PerPosition a = call(input, gradient, grad, stride, padding, dilation);
+  with_dtype(grad, [&](auto type) {
+    using T = decltype(type);
+    int64_t bytes = 0;
+    const auto scratch = [&] {
+      DYNACONV_CALL(bytes, per_position::weight_scratch<T>(a));
+      return bytes;
+    };
+    cut(a, a.out, false, scratch);
+    run(a, scratch(), [&](int64_t begin, int64_t end, void* memory) {
+      DYNACONV_RUN(per_position::weight<T>(a, begin, end, memory));
+    });
+  });
+}
+
+}  // namespace
+}  // namespace dynaconv
+
+STABLE_TORCH_LIBRARY_FRAGMENT(dynaconv_native, m) {
+  m.def(
+      "conv_per_position(Tensor(a!) output, Tensor input, Tensor weight, int[] stride, "
+      "int[] padding, int[] dilation) -> ()");
+  m.def(
+      "conv_per_position_input(Tensor(a!) gradient, Tensor grad, Tensor weight, int[] stride, "
+      "int[] padding, int[] dilation) -> ()");
+  m.def(
+      "conv_per_position_weight(Tensor(a!) gradient, Tensor grad, Tensor input, int[] stride, "
+      "int[] padding, int[] dilation) -> ()");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(dynaconv_native, CPU, m) {
+  m.impl("conv_per_position", TORCH_BOX(&dynaconv::output));
+  m.impl("conv_per_position_input", TORCH_BOX(&dynaconv::input_gradient));
+  m.impl("conv_per_position_weight", TORCH_BOX(&dynaconv::weight_gradient));
+}
