@@ -13,8 +13,10 @@ from pathlib import Path
 ROOT = Path(__file__).parent.parent
 PAGE = ROOT / "docs" / "benchmarks.md"
 READMES = (ROOT / "README.md", ROOT / "README.zh-CN.md")
-PRIMITIVES = ("conv_per_sample", "conv_mixture", "conv_per_position", "deform_conv", "conv")
-SCRIPTS = (*PRIMITIVES, "linear", "models")
+SCRIPTS = (
+    *("conv_per_sample", "conv_mixture", "conv_per_position", "deform_conv", "conv"),
+    *("linear", "models"),
+)
 BEGIN, END = "<!-- benchmarks/run.py -->", "<!-- end -->"
 # What the READMEs show: section, start of the case's title, what people copy, or run instead.
 SHOWN = (
@@ -57,7 +59,8 @@ def section(name: str) -> str:
 def kept(name: str) -> str:
     """The section of a script as it stands on the page; nothing where it is not there yet."""
     _, *found = PAGE.read_text(encoding="utf-8").split(f"## {name}\n")
-    return f"## {name}\n{found[0].split('\n## ')[0].rstrip()}\n" if found else ""
+    text = found[0].split("\n## ")[0] if found else ""
+    return f"## {name}\n{text.rstrip()}\n" if found else ""
 
 
 def line(name: str, case: str, rival: str) -> str:
