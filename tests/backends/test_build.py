@@ -215,16 +215,22 @@ def test_it_is_said_once(without, caplog):
     assert said == ["the C++ library is not built; run it. Until then, the slower eager path."]
 
 
-def wheel(place: Path, compiler: str, wish: str | None) -> subprocess.CompletedProcess:
-    """`setup.py bdist_wheel` on a copy of what it needs."""
+@pytest.fixture
+def checkout(workshop):
+    """A copy of what an installation needs."""
     pytest.importorskip("setuptools", minversion="77")
+    place = workshop.root / "checkout"
     for name in ("src", "csrc"):
         kept_out = shutil.ignore_patterns("*.so", "objects", "__pycache__", "*.egg-info")
         shutil.copytree(ROOT / name, place / name, ignore=kept_out)
     for name in ("pyproject.toml", "setup.py", "MANIFEST.in", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, place)
+    return place
+
+
+def wheel(place: Path, compiler: object, wish: str | None = None) -> subprocess.CompletedProcess:
     environment = {k: v for k, v in os.environ.items() if not k.startswith("DYNACONV_")}
-    environment |= {"CXX": compiler, "FAIL": "", **({"DYNACONV_BUILD": wish} if wish else {})}
+    environment |= {"CXX": str(compiler), **({"DYNACONV_BUILD": wish} if wish else {})}
     command = [sys.executable, "setup.py", "bdist_wheel"]
     return subprocess.run(command, cwd=place, env=environment, capture_output=True, text=True)
 
@@ -233,12 +239,10 @@ def wheel(place: Path, compiler: str, wish: str | None) -> subprocess.CompletedP
     ("compiles", "wish", "has_library"),
     [(True, None, True), (True, "1", True), (True, "0", False), (False, None, False)],
 )
-def test_the_wheel_says_what_it_holds(compiles, wish, has_library, workshop):
-    place = workshop.root / "copy"
-    place.mkdir()
-    result = wheel(place, str(workshop.compiler) if compiles else "/nonexistent", wish)
+def test_the_wheel_says_what_it_holds(compiles, wish, has_library, workshop, checkout):
+    result = wheel(checkout, workshop.compiler if compiles else "/nonexistent", wish)
     assert result.returncode == 0, result.stderr
-    (made,) = (place / "dist").iterdir()
+    (made,) = (checkout / "dist").iterdir()
     assert made.name.endswith("-py3-none-any.whl") != has_library
     assert "-py3-none-" in made.name
     inside = [name.removeprefix("dynaconv/backends/native/") for name in ZipFile(made).namelist()]
@@ -250,10 +254,16 @@ def test_the_wheel_says_what_it_holds(compiles, wish, has_library, workshop):
     assert told == (not compiles)
 
 
-def test_a_wheel_that_must_have_the_library(workshop):
-    place = workshop.root / "copy"
-    place.mkdir()
-    result = wheel(place, "/nonexistent", "1")
+def test_a_wheel_holds_nothing_left_over(workshop, checkout):
+    wheel(checkout, workshop.compiler)
+    (checkout / "csrc/isa.cpp").unlink()
+    wheel(checkout, workshop.compiler, "0")
+    (made,) = (checkout / "dist").glob("*-any.whl")
+    assert not [n for n in ZipFile(made).namelist() if n.endswith((build.LIBRARY, "isa.cpp"))]
+
+
+def test_a_wheel_that_must_have_the_library(checkout):
+    result = wheel(checkout, "/nonexistent", "1")
     assert result.returncode != 0
     assert "cannot build the C++ library: there is no C++ compiler" in result.stderr
-    assert not (place / "dist").exists()
+    assert not (checkout / "dist").exists()
