@@ -21,7 +21,7 @@ ROOT = Path(__file__).parents[2]
 # Notes its arguments, and writes what it is told to make; what is in $FAIL, it cuts off half way.
 COMPILER = """#!/bin/sh
 echo "$@" >> "$(dirname "$0")/calls"
-case "$*" in *"${FAIL:-nothing}"*) broken=1;; esac
+case "$*" in *"${FAIL:-no such words}"*) broken=1;; esac
 while [ "$1" != -o ]; do shift; done
 if [ -n "$broken" ]; then
   echo half > "$2"; echo "a.cpp:1:2: fatal error: it is broken" >&2; exit 1
@@ -255,7 +255,8 @@ def test_the_wheel_says_what_it_holds(compiles, wish, has_library, workshop, che
 
 
 def test_a_wheel_holds_nothing_left_over(workshop, checkout):
-    wheel(checkout, workshop.compiler)
+    wheel(checkout, workshop.compiler, "1")
+    assert not list((checkout / "dist").glob("*-any.whl"))
     (checkout / "csrc/isa.cpp").unlink()
     wheel(checkout, workshop.compiler, "0")
     (made,) = (checkout / "dist").glob("*-any.whl")
