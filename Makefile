@@ -6,16 +6,18 @@ VENV ?= .venv
 TORCH ?= torch==2.13.0
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
+NATIVE := src/dynaconv/backends/native
+BUILT := $(VENV)/.built
 
-.PHONY: demo test slow lint format bench clean
+.PHONY: demo test slow lint format bench wheel clean
 
-demo: $(INSTALLED)
+demo: $(BUILT)
 	$(BIN)/dynaconv demo
 
-test: $(INSTALLED)
+test: $(BUILT)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto -m "not slow"
 
-slow: $(INSTALLED)
+slow: $(BUILT)
 	$(BIN)/python -m pytest -m slow
 
 lint: $(INSTALLED)
@@ -27,15 +29,23 @@ format: $(INSTALLED)
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-bench: $(INSTALLED)
+bench: $(BUILT)
 	$(BIN)/python benchmarks/run.py
 
-$(INSTALLED): pyproject.toml
+# The library goes into the wheel: one that lacks it is not what was asked for.
+wheel: $(INSTALLED)
+	DYNACONV_BUILD=1 $(BIN)/python -m pip wheel --quiet --no-deps --wheel-dir dist .
+
+# Where there is no C++ compiler this says so, and everything works on the eager path.
+$(BUILT): $(INSTALLED) $(NATIVE)/build.py $(wildcard csrc/*.* csrc/kernels/*.*)
+	-$(BIN)/python -m dynaconv.backends.native && touch $@
+
+$(INSTALLED): pyproject.toml setup.py
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip
 	$(BIN)/python -m pip install --quiet $(TORCH)
-	$(BIN)/python -m pip install --quiet --editable ".[app,dev]"
+	DYNACONV_BUILD=0 $(BIN)/python -m pip install --quiet --editable ".[app,dev]"
 	touch $@
 
 clean:
-	rm -rf $(VENV) build dist src/*.egg-info
+	rm -rf $(VENV) build dist src/*.egg-info $(NATIVE)/objects $(NATIVE)/*.so

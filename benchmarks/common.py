@@ -14,6 +14,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -22,7 +23,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dynaconv import backend
+from dynaconv import backend, explain
 
 CONVS = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
 ROUNDS, SECONDS = 7, 1.0
@@ -61,9 +62,53 @@ class Line:
     both: list[float] = field(default_factory=list)
     memory: tuple[float, float] = (float("nan"), float("nan"))
 
+    def ratios(self, base: "Line") -> tuple[float, float]:
+        """Forward, and with backward: the median over the rounds of time over the base's."""
+        pairs = (self.forward, base.forward), (self.both, base.both)
+        forward, both = (
+            statistics.median(a / b for a, b in zip(mine, theirs, strict=True))
+            for mine, theirs in pairs
+        )
+        return forward, both
+
+
+@dataclass
+class Floor:
+    """What has to be moved and computed at least, each as (bytes, operations)."""
+
+    forward: tuple[float, float]
+    backward: tuple[float, float]
+
+    def line(self, beside: Line, output: Tensor, tensors: Sequence[Tensor]) -> Line:
+        """The time that the machine needs for that, and the memory of the results."""
+        copied, multiplied = machine()
+        ms = [1e3 * max(b / copied, n / multiplied) for b, n in (self.forward, self.backward)]
+        output_mb, gradients_mb = megabytes(output), megabytes(*tensors)
+        memory = output_mb, 2 * output_mb + gradients_mb
+        columns = [ms[0]] * len(beside.forward), [sum(ms)] * len(beside.both)
+        return Line("roofline", *columns, memory)
+
+
+@cache
+def machine() -> tuple[float, float]:
+    """Bytes a second of a large copy (read and written), operations a second of a product."""
+    source, square = torch.randn(2**26), torch.randn(2048, 2048)
+    target = torch.empty_like(source)
+    seconds = lambda run: statistics.median(timed(lambda f: f(), run) for _ in range(9)) / 1e3
+    copied = 2 * 4 * source.numel() / seconds(lambda: target.copy_(source))
+    return copied, 2 * 2048**3 / seconds(lambda: square @ square)
+
+
+def megabytes(*tensors: Tensor) -> float:
+    return sum(t.numel() * t.element_size() for t in tensors) / 2**20
+
 
 def compare(
-    title: str, contenders: list[Contender], reference: Contender, tolerance: float = 1e-4
+    title: str,
+    contenders: list[Contender],
+    reference: Contender,
+    tolerance: float = 1e-4,
+    floor: Floor | None = None,
 ) -> None:
     """Checks, times and prints; the first contender is what the ratios refer to."""
     check(title, contenders, reference, tolerance)
@@ -74,17 +119,38 @@ def compare(
         rounds(contenders, step, [getattr(line, column) for line in lines])
     for contender, line in zip(contenders, lines, strict=True):
         line.memory = peak(contender.forward), peak(contender.both)
+    if floor:
+        first = contenders[0]
+        lines.insert(1, floor.line(lines[0], first.forward(), first.tensors))
     show(title, lines)
+    if floor:
+        above = lines[0].ratios(lines[1])
+        copied, multiplied = machine()
+        print(
+            f"\n{lines[0].name}: {above[0]:.2f} times the roofline forward, {above[1]:.2f} with "
+            f"backward (copying {copied / 1e9:.0f} GB/s, matrix product "
+            f"{multiplied / 1e9:.0f} GFLOP/s)"
+        )
 
 
 def on_reference(ours: Contender, dtype: torch.dtype = torch.float32) -> Contender:
     """The same on the reference backend."""
+    return on("reference", ours, dtype)
 
+
+def on_eager(ours: Contender) -> list[Contender]:
+    """The same on the eager backend, unless that is what serves anyway."""
+    if "eager: chosen" in explain(ours.forward):
+        return []
+    return [on("eager", ours, torch.float32)]
+
+
+def on(name: str, ours: Contender, dtype: torch.dtype) -> Contender:
     def run(*tensors: Tensor) -> Tensor:
-        with backend("reference"):
+        with backend(name):
             return ours.run(*tensors)
 
-    return Contender("dynaconv, reference", run, [t.to(dtype) for t in ours.tensors])
+    return Contender(f"dynaconv, {name}", run, [t.to(dtype) for t in ours.tensors])
 
 
 def check(title: str, contenders: list[Contender], reference: Contender, tolerance: float) -> None:
@@ -112,12 +178,16 @@ def timed(step: Callable, contender: Contender) -> float:
     return 1e3 * (time.perf_counter() - start)
 
 
-def peak(call: Callable[[], Any]) -> float:
-    """MB that the process holds at most during the call, beyond what it held before."""
+def peak(call: Callable[[], Any], warm: bool = True) -> float:
+    """MB that the process holds at most during the call, beyond what it held before.
+
+    warm=False: the same call was made before, and need not be made once more.
+    """
     if not CLEAR.exists():
         return float("nan")
     keep_freed_memory(False)
-    call()
+    if warm:
+        call()
     gc.collect()
     ctypes.CDLL(None).malloc_trim(0)
     CLEAR.write_text("5")  # sets the high-water mark to what is held now
@@ -153,17 +223,16 @@ def show(title: str, lines: list[Line]) -> None:
     print(f"|{'-' * (width + 2)}|---:|---:|---:|---:|---:|---:|")
     for line in lines:
         cells = [f"{line.name:{width}}"]
-        for mine, theirs in ((line.forward, base.forward), (line.both, base.both)):
-            ratio = statistics.median(a / b for a, b in zip(mine, theirs, strict=True))
+        for mine, ratio in zip((line.forward, line.both), line.ratios(base), strict=True):
             cells += [f"{statistics.median(mine):10.2f}", f"{ratio:5.2f}"]
         cells += [f"{value:7.1f}" for value in line.memory]
         print(f"| {' | '.join(cells)} |", flush=True)
 
 
-def batch_in_groups(x: Tensor, w: Tensor, padding: int) -> Tensor:
+def batch_in_groups(x: Tensor, w: Tensor, padding: int, stride: int = 1) -> Tensor:
     """One kernel w[n] a sample as most published layers do it: the batch folded into groups."""
-    conv = CONVS[x.dim() - 2]
-    y = conv(x.reshape(1, -1, *x.shape[2:]), w.flatten(0, 1), padding=padding, groups=len(x))
+    folded = x.reshape(1, -1, *x.shape[2:])
+    y = CONVS[x.dim() - 2](folded, w.flatten(0, 1), None, stride, padding, groups=len(x))
     return y.reshape(len(x), -1, *y.shape[2:])
 
 

@@ -19,6 +19,7 @@ from common import (
     main,
     timed,
 )
+from dynaconv import backend
 from dynaconv.functional import conv
 
 ours = importlib.import_module("dynaconv.backends.eager.conv")
@@ -59,11 +60,17 @@ class ByFFT(Contender):
     """With FFT for the output and every gradient, whatever the rule would take."""
 
     def forward(self) -> Tensor:
-        with forced(ours, formulation=lambda *a: "fft", all_direct=lambda *a: False):
+        with (
+            backend("eager"),
+            forced(ours, formulation=lambda *a: "fft", all_direct=lambda *a: False),
+        ):
             return super().forward()
 
     def both(self) -> tuple[Tensor, ...]:
-        with forced(ours, formulation=lambda *a: "fft", all_direct=lambda *a: False):
+        with (
+            backend("eager"),
+            forced(ours, formulation=lambda *a: "fft", all_direct=lambda *a: False),
+        ):
             return super().both()
 
 
@@ -143,7 +150,7 @@ def part(what: str, g: Tensor, x: Tensor, w: Tensor, settings: tuple) -> tuple[f
     times: dict[str, list[float]] = {n: [] for n, t in expected.items() if t <= limit}
     for _ in range(6):
         for name, column in times.items():
-            with forced(ours, formulation=lambda *a, n=name: n):
+            with backend("eager"), forced(ours, formulation=lambda *a, n=name: n):
                 column.append(timed(lambda run: run(), call))
     best = {name: min(column[1:]) for name, column in times.items()}
     fastest = min(best, key=best.__getitem__)

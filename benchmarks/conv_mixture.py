@@ -5,7 +5,8 @@ import importlib
 import torch
 from torch import Tensor
 
-from common import CONVS, Contender, batch_in_groups, compare, forced, main, on_reference
+from common import CONVS, Contender, batch_in_groups, compare, forced, main, on_eager, on_reference
+from dynaconv import backend
 from dynaconv.functional import conv_mixture
 
 ours = importlib.import_module("dynaconv.backends.eager.conv_mixture")
@@ -25,7 +26,7 @@ def copied(x: Tensor, w: Tensor, a: Tensor, padding: int) -> Tensor:
 
 
 def with_formulation(name: str, x: Tensor, w: Tensor, a: Tensor, padding: int) -> Tensor:
-    with forced(ours, formulation=lambda *args: name):
+    with backend("eager"), forced(ours, formulation=lambda *args: name):
         return conv_mixture(x, w, a, padding=padding)
 
 
@@ -40,12 +41,13 @@ def run(batch: int, channels: int, size: int, kernel: int, rank: int) -> None:
     given = (x, w, a)
     chosen = Contender("dynaconv", lambda *t: conv_mixture(*t, padding=pad), given)
     forms = [
-        Contender(f"dynaconv, {n} mixed", lambda *t, n=n: with_formulation(n, *t, pad), given)
+        Contender(f"eager, {n} mixed", lambda *t, n=n: with_formulation(n, *t, pad), given)
         for n in ours.FORMULATIONS
     ]
     contenders = [
         Contender("static convolution", static, (x, w[0].clone()), check=False),
         chosen,
+        *on_eager(chosen),
         Contender("copied: batch in groups", lambda *t: copied(*t, pad), given),
         *forms,
     ]

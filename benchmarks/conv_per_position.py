@@ -1,10 +1,10 @@
-"""A kernel for each position: shift and accumulate against the unfolded copy."""
+"""A kernel for each position against the unfolded copy, and against what the machine can do."""
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from common import CONVS, Contender, compare, main, on_reference
+from common import CONVS, Contender, Floor, compare, main, on_eager, on_reference
 from dynaconv.functional import conv_per_position
 
 # batch, channels, size, kernel, groups
@@ -35,10 +35,16 @@ def run(batch: int, channels: int, size: int, kernel: int, groups: int, rank: in
     depthwise = torch.randn(channels, 1, *[kernel] * rank)
     pad = kernel // 2
 
+    work = 2 * x.numel() * kernel**rank
+    floor = Floor(
+        (4 * (2 * x.numel() + w.numel()), work),  # x and w read, y written
+        (4 * (3 * x.numel() + 2 * w.numel()), 2 * work),
+    )
     ours = Contender("dynaconv", lambda x, w: conv_per_position(x, w, padding=pad), (x, w))
     static = lambda x, w: CONVS[rank](x, w, padding=pad, groups=channels)
     contenders = [
         ours,
+        *on_eager(ours),
         Contender("static depthwise", static, (x, depthwise), check=False),
     ]
     if rank < 3:
@@ -49,6 +55,7 @@ def run(batch: int, channels: int, size: int, kernel: int, groups: int, rank: in
         f"{groups} groups",
         contenders,
         on_reference(ours, torch.float64),
+        floor=floor,
     )
 
 

@@ -17,9 +17,11 @@ from common import (
     header,
     keep_freed_memory,
     main,
+    on_eager,
     on_reference,
     timed,
 )
+from dynaconv import backend
 from dynaconv.functional import conv_per_sample
 
 ours = importlib.import_module("dynaconv.backends.eager.conv_per_sample")
@@ -45,7 +47,8 @@ def unfolded(x: Tensor, w: Tensor, padding: int) -> Tensor:
 def with_formulation(name: str, x: Tensor, w: Tensor, padding: int) -> Tensor:
     choose = lambda *a: name
     forward = "grouped" if name == "unfold" else name
-    with forced(ours, formulation=lambda *a: forward, weight_formulation=choose):
+    rules = {"formulation": lambda *a: forward, "weight_formulation": choose}
+    with backend("eager"), forced(ours, **rules):
         return conv_per_sample(x, w, padding=padding)
 
 
@@ -59,6 +62,7 @@ def run(batch: int, channels: int, size: int, kernel: int, rank: int) -> None:
     contenders = [
         Contender("static convolution", static, (x, w[0].clone()), check=False),
         chosen,
+        *on_eager(chosen),
         Contender("copied: batch in groups", lambda x, w: batch_in_groups(x, w, pad), (x, w)),
         Contender("copied: loop", lambda x, w: looped(x, w, pad), (x, w)),
         *(
@@ -67,9 +71,7 @@ def run(batch: int, channels: int, size: int, kernel: int, rank: int) -> None:
             else []
         ),
         *[
-            Contender(
-                f"dynaconv, {name}", lambda x, w, n=name: with_formulation(n, x, w, pad), (x, w)
-            )
+            Contender(f"eager, {name}", lambda x, w, n=name: with_formulation(n, x, w, pad), (x, w))
             for name in ours.BACKWARD
             if kernel == 1 or name != "matmul"
         ],

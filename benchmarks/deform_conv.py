@@ -4,7 +4,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from common import CONVS, Contender, compare, main, on_reference
+from common import CONVS, Contender, compare, main, on_eager, on_reference
 from dynaconv.functional import deform_conv
 
 try:
@@ -16,7 +16,7 @@ except (ImportError, RuntimeError):  # RuntimeError: built for another torch
 CASES = {
     2: [(4, 64, 56), (4, 256, 28), (8, 128, 14)],
     1: [(8, 128, 512)],
-    3: [(2, 32, 16)],
+    3: [(2, 32, (16, 32, 32))],
 }
 KERNEL = 3
 
@@ -38,8 +38,8 @@ def by_grid_sample(x: Tensor, offset: Tensor, w: Tensor, m: Tensor) -> Tensor:
     return (w.flatten(1) @ sampled).unflatten(2, size)
 
 
-def run(batch: int, channels: int, size: int, rank: int) -> None:
-    taps, shape = KERNEL**rank, [size] * rank
+def run(batch: int, channels: int, size: int | tuple[int, ...], rank: int) -> None:
+    taps, shape = KERNEL**rank, [size] * rank if isinstance(size, int) else size
     x = torch.randn(batch, channels, *shape)
     offset = 1.5 * torch.randn(batch, taps * rank, *shape)
     w = torch.randn(channels, channels, *[KERNEL] * rank) / (channels * taps) ** 0.5
@@ -48,7 +48,7 @@ def run(batch: int, channels: int, size: int, rank: int) -> None:
     given = (x, offset, w, m)
     modulated = lambda x, o, w, m: deform_conv(x, o, w, padding=1, modulation=m)
     ours = Contender("dynaconv", modulated, given)
-    contenders = [ours]
+    contenders = [ours, *on_eager(ours)]
     if rank == 2 and deform_conv2d is not None:
         theirs = lambda x, o, w, m: deform_conv2d(x, o, w, None, padding=1, mask=m)
         contenders.append(Contender("torchvision", theirs, given))
@@ -60,6 +60,7 @@ def run(batch: int, channels: int, size: int, rank: int) -> None:
         on_reference(ours),
     ]
     # float32 positions: a coordinate of 50 is known to some 4e-6.
+    size = "x".join(map(str, shape)) if isinstance(size, tuple) else size
     title = f"{rank}-D, batch {batch}, {channels} channels, size {size}, modulated"
     compare(title, contenders, on_reference(ours, torch.float64), 1e-3)
 

@@ -1,6 +1,6 @@
 """Runs every benchmark, writes docs/benchmarks.md, and the short table of both READMEs from it.
 
-python benchmarks/run.py            # a quarter of an hour on two cores
+python benchmarks/run.py            # half an hour on two cores
 python benchmarks/run.py conv       # this section anew, the others from the file that is there
 python benchmarks/run.py --summary  # only the short table, from the file that is there
 """
@@ -13,7 +13,10 @@ from pathlib import Path
 ROOT = Path(__file__).parent.parent
 PAGE = ROOT / "docs" / "benchmarks.md"
 READMES = (ROOT / "README.md", ROOT / "README.zh-CN.md")
-SCRIPTS = ("conv_per_sample", "conv_mixture", "conv_per_position", "deform_conv", "conv")
+SCRIPTS = (
+    *("conv_per_sample", "conv_mixture", "conv_per_position", "deform_conv", "conv"),
+    *("linear", "models"),
+)
 BEGIN, END = "<!-- benchmarks/run.py -->", "<!-- end -->"
 # What the READMEs show: section, start of the case's title, what people copy, or run instead.
 SHOWN = (
@@ -36,7 +39,7 @@ def main() -> None:
         sections = [section(name) if name in anew else kept(name) for name in SCRIPTS]
         PAGE.parent.mkdir(exist_ok=True)
         new = PAGE.with_suffix(".new")
-        new.write_text("# Benchmarks\n\n" + "\n".join(sections), encoding="utf-8")
+        new.write_text("# Benchmarks\n\n" + "\n".join(filter(None, sections)), encoding="utf-8")
         new.replace(PAGE)
     table = HEAD + "".join(line(*shown) for shown in SHOWN)
     for path in READMES:
@@ -54,9 +57,10 @@ def section(name: str) -> str:
 
 
 def kept(name: str) -> str:
-    """The section of a script as it stands on the page."""
-    text = PAGE.read_text(encoding="utf-8").split(f"## {name}\n")[1].split("\n## ")[0]
-    return f"## {name}\n{text.rstrip()}\n"
+    """The section of a script as it stands on the page; nothing where it is not there yet."""
+    _, *found = PAGE.read_text(encoding="utf-8").split(f"## {name}\n")
+    text = found[0].split("\n## ")[0] if found else ""
+    return f"## {name}\n{text.rstrip()}\n" if found else ""
 
 
 def line(name: str, case: str, rival: str) -> str:

@@ -55,6 +55,16 @@ def test_backend_forces_and_nests(call):
         dispatch.BACKENDS.remove(fake)
 
 
+def test_down_from(call, monkeypatch):
+    problem, _ = prepare(*call)
+    order = [dispatch.Backend(n, lambda p: None, {problem.primitive: max}) for n in "abc"]
+    monkeypatch.setattr(dispatch, "BACKENDS", order)
+    with dynaconv.backend("a"), dispatch.down_from("b"):
+        assert dispatch.backends() == ["b", "c"]
+        assert "b: chosen" in dispatch.report(problem)
+    assert dispatch.backends() == ["a", "b", "c"]
+
+
 def test_unsupported_gives_every_reason(call, monkeypatch):
     picky = dispatch.Backend(
         "picky", lambda p: f"only 2-D, got {p.rank}-D", {"conv_per_sample": max}
@@ -74,7 +84,8 @@ def test_a_fault_in_supports_is_not_swallowed(call, monkeypatch):
 def test_explain(call):
     text = dynaconv.explain(dynaconv.functional.conv_per_sample, *call)
     assert "conv_per_sample: input (2, 4, 9), weight (2, 6, 4, 3), torch.float32, cpu" in text
-    assert f"{dispatch.backends()[0]}: chosen" in text
+    assert [line.split(":")[0].strip() for line in text.splitlines()[1:]] == dispatch.backends()
+    assert text.count(": chosen") == 1
     with dynaconv.backend("reference"):
         text = dynaconv.explain(dynaconv.functional.conv_per_sample, *call)
     assert "reference: chosen" in text

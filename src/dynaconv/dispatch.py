@@ -55,7 +55,7 @@ class Backend:
 
 # In order of preference: the first that supports a problem serves it.
 BACKENDS: list[Backend] = []
-_forced: list[str] = []
+_forced: list[str | None] = []
 _watched: list[list[Problem]] = []
 
 
@@ -85,11 +85,27 @@ def backend(name: str) -> Iterator[None]:
         _forced.pop()
 
 
+@contextmanager
+def down_from(name: str) -> Iterator[None]:
+    """Inside the `with` block, a backend comes first, and those after it serve what it does not.
+
+    No outer `backend(...)` is in force there.
+    """
+    kept = BACKENDS[:]
+    del BACKENDS[: backends().index(name)]
+    _forced.append(None)
+    try:
+        yield
+    finally:
+        _forced.pop()
+        BACKENDS[:] = kept
+
+
 def reason_against(candidate: Backend, problem: Problem) -> str | None:
     """None where the backend serves the problem, otherwise why not."""
     if problem.primitive not in candidate.functions:
         return f"has no {problem.primitive}"
-    if _forced and candidate.name != _forced[-1]:
+    if _forced and _forced[-1] not in (None, candidate.name):
         return f"dynaconv.backend({_forced[-1]!r}) is in force"
     return candidate.supports(problem)
 

@@ -23,6 +23,12 @@ every_primitive = pytest.mark.parametrize("primitive", PRIMITIVES, indirect=True
 every_rank = pytest.mark.parametrize("rank", [1, 2, 3])
 
 
+@pytest.fixture(autouse=True)
+def _on_eager():
+    with dispatch.down_from("eager"):
+        yield
+
+
 @pytest.fixture
 def primitive(request, monkeypatch):
     """Its name, with the path forced that is named after "by"."""

@@ -1,5 +1,6 @@
-"""What the operators of eager and native share: schema, fake kernel, autograd, vmap, from two functions each.
+"""What the operators of eager and native share, from two functions each.
 
+That is schema, fake kernel, autograd and vmap.
 An operator `dynaconv::name` computes forward; `dynaconv::name_backward` computes the gradients of
 its differentiable tensors. The gradient of that backward is taken from the reference formula, so
 that double backward works.

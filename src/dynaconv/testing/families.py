@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from dynaconv.dispatch import backend, backends
+from dynaconv.dispatch import backends, down_from
 from dynaconv.layers.base import ConvNd, DynamicConv
 from dynaconv.masking import mask_from_sizes, sizes_from_mask
 from dynaconv.registry import family
@@ -123,7 +123,7 @@ def check_backends(cls: type[DynamicConv], arguments: Arguments) -> None:
     layer, x = randomized(cls, arguments), example(cls, arguments)
     results = {}
     for name in ("reference", *backends()):
-        with backend(name):
+        with down_from(name):
             x = x.detach().requires_grad_()
             output = layer(x)
             results[name] = (

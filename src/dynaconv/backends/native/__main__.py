@@ -2,9 +2,9 @@
 
 import sys
 
-from dynaconv.backends.native.build import CannotBuild, build
+from dynaconv.backends.native.build import BuildError, build
 
 try:
     print(f"built {build()}")
-except CannotBuild as error:
+except BuildError as error:
     sys.exit(f"cannot build: {error}")

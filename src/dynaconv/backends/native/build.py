@@ -30,7 +30,7 @@ INSTRUCTION_SETS = {
 }
 
 
-class CannotBuild(Exception):
+class BuildError(Exception):
     """What is missing, in words for the user."""
 
 
@@ -39,7 +39,14 @@ def sources() -> Path:
     for place in (HERE / "csrc", HERE.parents[3] / "csrc"):
         if (place / "library.cpp").exists():
             return place
-    raise CannotBuild("the C++ sources are not here")
+    raise BuildError("the C++ sources are not here")
+
+
+def outdated(library: Path = HERE / LIBRARY) -> bool:
+    """Whether a checkout's C++ sources have changed since the library was built."""
+    csrc = HERE.parents[3] / "csrc"
+    newest = max((f.stat().st_mtime for f in csrc.rglob("*.[ch]*")), default=0.0)
+    return newest > library.stat().st_mtime
 
 
 def torch_root() -> Path:
@@ -47,12 +54,12 @@ def torch_root() -> Path:
     named = os.environ.get("DYNACONV_TORCH")
     spec = None if named else find_spec("torch")
     places = [named] if named else list(spec.submodule_search_locations or []) if spec else []
-    # An isolated build does not see the environment's packages, but knows where they are.
-    places += [str(Path(sysconfig.get_path("purelib")) / "torch")]
+    # pip's isolated build does not see the environment's packages, but knows where they are.
+    places = places or [str(Path(sysconfig.get_path("purelib")) / "torch")]
     for place in map(Path, places):
         if (place / "include/torch/csrc/stable/library.h").exists():
             return place
-    raise CannotBuild("torch (2.11 or later) has to be installed first")
+    raise BuildError(f"torch (2.11 or later) has to be installed first; not in {places[0]}")
 
 
 def compiler() -> list[str]:
@@ -61,19 +68,19 @@ def compiler() -> list[str]:
     for name in [named] if named else ["g++", "clang++", "c++"]:
         if shutil.which(name.split()[0]):
             return name.split()
-    raise CannotBuild("there is no C++ compiler (GCC 11 or Clang 14, or later)")
+    raise BuildError("there is no C++ compiler (GCC 11 or Clang 14, or later)")
 
 
-def build(target: Path = HERE, flags: tuple[str, ...] = ()) -> Path:
-    """Compiles what has changed and links the library into the folder `target`.
+def build(target: Path = HERE, objects: Path = HERE / "objects") -> Path:
+    """Compiles what has changed into `objects` and links the library into the folder `target`.
 
-    CannotBuild: something that it needs is missing, or the compiler fails.
+    BuildError: something that it needs is missing, or the compiler fails.
     """
     csrc, torch, cxx = sources(), torch_root(), compiler()
-    objects = target / "objects"
-    objects.mkdir(parents=True, exist_ok=True)
+    for folder in (target, objects):
+        folder.mkdir(parents=True, exist_ok=True)
     include = [f"-I{torch / 'include'}", f"-I{torch / 'include/torch/csrc/api/include'}"]
-    flags = (*flags, *os.environ.get("DYNACONV_FLAGS", "").split())
+    flags = os.environ.get("DYNACONV_FLAGS", "").split()
     jobs = [
         (source, objects / f"{source.stem}.o", [*COMMON, *include, *flags])
         for source in sorted(csrc.glob("*.cpp"))
@@ -91,12 +98,14 @@ def build(target: Path = HERE, flags: tuple[str, ...] = ()) -> Path:
     newest = max(h.stat().st_mtime for h in csrc.rglob("*.h"))
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         list(pool.map(lambda job: _compile(cxx, newest, *job), jobs))
-    library = target / LIBRARY
-    new = library.with_suffix(".new")
     link = ["-shared", f"-L{torch / 'lib'}", "-ltorch", "-ltorch_cpu", *flags]
-    _run([*cxx, *[str(o) for _, o, _ in jobs], *link, "-o", str(new)])
-    new.replace(library)
-    return library
+    new = target / f"{LIBRARY}.{os.getpid()}"  # under its own name only once it is whole
+    try:
+        _run([*cxx, *[str(o) for _, o, _ in jobs], *link, "-o", str(new)])
+        new.replace(target / LIBRARY)
+    finally:
+        new.unlink(missing_ok=True)
+    return target / LIBRARY
 
 
 def _compile(cxx: list[str], newest: float, source: Path, target: Path, flags: list[str]) -> None:
@@ -105,6 +114,7 @@ def _compile(cxx: list[str], newest: float, source: Path, target: Path, flags: l
     same = made_by.exists() and made_by.read_text() == " ".join(command)
     if same and target.exists() and target.stat().st_mtime > max(newest, source.stat().st_mtime):
         return
+    made_by.unlink(missing_ok=True)  # what is cut off half way is not taken for whole
     _run(command)
     made_by.write_text(" ".join(command))
 
@@ -112,6 +122,8 @@ def _compile(cxx: list[str], newest: float, source: Path, target: Path, flags: l
 def _run(command: list[str]) -> None:
     result = subprocess.run(command, capture_output=True, text=True)
     if result.returncode:
-        raise CannotBuild(f"{' '.join(command)}\n{result.stderr[-4000:]}")
+        said = result.stderr.strip()[-4000:]
+        error = next((line for line in said.splitlines() if "error" in line), said[:200])
+        raise BuildError(f"the C++ compiler fails: {error}\n{' '.join(command)}\n{said}")
     if result.stderr:
         print(result.stderr, file=sys.stderr)

@@ -4,7 +4,7 @@ import logging
 
 import torch
 
-from dynaconv.backends.native.build import HERE, LIBRARY
+from dynaconv.backends.native.build import HERE, LIBRARY, outdated
 
 HOW = "run `python -m dynaconv.backends.native` (needs a C++ compiler, takes a minute)"
 _said: list[str] = []
@@ -15,6 +15,8 @@ def load() -> str | None:
     path = HERE / LIBRARY
     if not path.exists():
         return f"the C++ library is not built; {HOW}"
+    if outdated():
+        return f"the C++ library is older than its sources; {HOW}"
     try:
         torch.ops.load_library(str(path))
     except OSError as error:
