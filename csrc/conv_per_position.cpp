@@ -40,17 +40,31 @@ PerPosition call(const Tensor& input, const Tensor& weight, const Tensor& output
   return a;
 }
 
+template <class T>
+bool by_channels(const PerPosition& a) {
+  bool answer = false;
+  DYNACONV_CALL(answer, per_position::by_channels<T>(a));
+  return answer;
+}
+
 int64_t count_tasks(const PerPosition& a, const int64_t (&space)[3], bool chunked) {
-  int64_t tasks = a.batch * a.groups * (chunked ? pieces(a.channels, a.chunk) : 1);
+  int64_t tasks = a.batch * pieces(a.groups, a.bundle) * (chunked ? pieces(a.channels, a.chunk) : 1);
   for (int d = 0; d < 3; ++d) tasks *= pieces(space[d], a.tile[d]);
   return tasks;
 }
 
+// Where a channel's positions do not lie together, groups of few channels are taken in bundles:
+// what is read of a position then fills a vector.
+constexpr int64_t BUNDLE = 16;
+
 // Halves the box of a task until its scratch fits and there is work for every thread.
 template <class F>
-void cut(PerPosition& a, const int64_t (&space)[3], bool chunked, const F& scratch) {
+void cut(PerPosition& a, const int64_t (&space)[3], bool chunked, bool by_channels,
+         const F& scratch) {
   const int64_t threads = torch::stable::get_num_threads();
   a.chunk = std::min(a.channels, CHUNK);
+  const bool apart = a.x_stride[4] != 1 && a.channels < BUNDLE && !by_channels;
+  a.bundle = apart ? std::min(a.groups, BUNDLE / a.channels) : 1;
   for (int d = 0; d < 3; ++d) a.tile[d] = space[d];
   const auto halve = [&](int d, int64_t least) {
     if (a.tile[d] <= least) return false;
@@ -83,7 +97,7 @@ void output(Tensor output, const Tensor input, const Tensor weight, Ints stride,
       DYNACONV_CALL(bytes, per_position::output_scratch<T>(a));
       return bytes;
     };
-    cut(a, a.out, true, scratch);
+    cut(a, a.out, true, by_channels<T>(a), scratch);
     run(a, scratch(), [&](int64_t begin, int64_t end, void* memory) {
       DYNACONV_RUN(per_position::output<T>(a, begin, end, memory));
     });
@@ -100,7 +114,7 @@ void input_gradient(Tensor gradient, const Tensor grad, const Tensor weight, Int
       DYNACONV_CALL(bytes, per_position::input_scratch<T>(a));
       return bytes;
     };
-    cut(a, a.in, true, scratch);
+    cut(a, a.in, true, by_channels<T>(a), scratch);
     run(a, scratch(), [&](int64_t begin, int64_t end, void* memory) {
       DYNACONV_RUN(per_position::input<T>(a, begin, end, memory));
     });
@@ -117,7 +131,7 @@ void weight_gradient(Tensor gradient, const Tensor grad, const Tensor input, Int
       DYNACONV_CALL(bytes, per_position::weight_scratch<T>(a));
       return bytes;
     };
-    cut(a, a.out, false, scratch);
+    cut(a, a.out, false, false, scratch);
     run(a, scratch(), [&](int64_t begin, int64_t end, void* memory) {
       DYNACONV_RUN(per_position::weight<T>(a, begin, end, memory));
     });

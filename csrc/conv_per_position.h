@@ -17,8 +17,9 @@ struct PerPosition {
   int64_t x_stride[5], y_stride[5];    // batch, channel, space
   int64_t w_stride[2], tap[3], at[3];  // batch, group; kernel; space
 
-  // The pieces that one task computes: `chunk` channels, a box of `tile` positions.
-  int64_t chunk, tile[3];
+  // The piece that one task computes: `chunk` channels of a group, or all those of `bundle` groups,
+  // at a box of `tile` positions.
+  int64_t chunk, bundle, tile[3];
   int64_t tasks;
 };
 

@@ -36,6 +36,30 @@ DYNACONV_INLINE void transpose(Vector<C> (&rows)[VectorOf<C>::lanes]) {
   }
 }
 
+// At most a square of numbers, its rows becoming columns.
+template <class To, class From>
+DYNACONV_INLINE void move_square(int rows, int columns, const From* from, int64_t from_row, To* to,
+                                 int64_t to_row, bool padded) {
+  typedef Compute<From> C;
+  constexpr int lanes = VectorOf<C>::lanes;
+  Vector<C> square[lanes];
+  if (rows == lanes && columns == lanes) {
+#pragma GCC unroll 16
+    for (int i = 0; i < lanes; ++i) square[i] = load_first(from + i * from_row, lanes);
+    transpose<C>(square);
+#pragma GCC unroll 16
+    for (int i = 0; i < lanes; ++i) store_first(to + i * to_row, square[i], lanes);
+    return;
+  }
+#pragma GCC unroll 16
+  for (int i = 0; i < lanes; ++i)
+    square[i] = i < rows ? load_first(from + i * from_row, columns) : Vector<C>{};
+  transpose<C>(square);
+#pragma GCC unroll 16
+  for (int i = 0; i < lanes; ++i)
+    if (i < columns) store_first(to + i * to_row, square[i], padded ? lanes : rows);
+}
+
 // How far one number lies from the next, along the channels and along the positions.
 struct Steps {
   int64_t channel, position;
@@ -60,18 +84,11 @@ inline void move(int64_t channels, int64_t positions, const From* from, Steps f,
                     load_first(from + p * f.position + c, channels - c),
                     padded ? lanes : channels - c);
   } else if (f.position == 1 && t.channel == 1) {
-    Vector<C> square[lanes];
     for (int64_t c = 0; c < channels; c += lanes)
-      for (int64_t p = 0; p < positions; p += lanes) {
-        const int rows = least<int64_t>(lanes, channels - c);
-        for (int i = 0; i < lanes; ++i)
-          square[i] = i < rows ? load_first(from + (c + i) * f.channel + p, positions - p)
-                               : Vector<C>{};
-        transpose<C>(square);
-        const int columns = least<int64_t>(lanes, positions - p);
-        for (int i = 0; i < columns; ++i)
-          store_first(to + (p + i) * t.position + c, square[i], padded ? lanes : channels - c);
-      }
+      for (int64_t p = 0; p < positions; p += lanes)
+        move_square(least<int64_t>(lanes, channels - c), least<int64_t>(lanes, positions - p),
+                    from + c * f.channel + p, f.channel, to + p * t.position + c, t.position,
+                    padded);
   } else if (f.channel == 1 && t.position == 1) {
     move(positions, channels, from, {f.position, f.channel}, to, {t.position, t.channel}, false);
   } else {

@@ -122,16 +122,16 @@ template <class T>
 DYNACONV_INLINE Vector<Compute<T>> load_first(const T* from, int64_t n) {
   constexpr int lanes = VectorOf<Compute<T>>::lanes;
   if (n >= lanes) n = lanes;
+  if constexpr (sizeof(T) == sizeof(Compute<T>))
+    if (n == lanes) return load(from);
+  if constexpr (sizeof(T) == 2)
+    if (n == lanes) return widen_all(from);
 #if defined(__AVX512F__)
   if constexpr (sizeof(T) == 4)
     return (Vector<Compute<T>>)_mm512_maskz_loadu_ps(static_cast<__mmask16>((1u << n) - 1), from);
   if constexpr (sizeof(T) == 8)
     return (Vector<Compute<T>>)_mm512_maskz_loadu_pd(static_cast<__mmask8>((1u << n) - 1), from);
 #endif
-  if constexpr (sizeof(T) == sizeof(Compute<T>))
-    if (n == lanes) return load(from);
-  if constexpr (sizeof(T) == 2)
-    if (n == lanes) return widen_all(from);
   Compute<T> numbers[lanes] __attribute__((aligned(DYNACONV_BYTES))) = {};
   for (int64_t i = 0; i < n; ++i) numbers[i] = widen(from[i]);
   return load(numbers);
@@ -142,16 +142,16 @@ template <class T>
 DYNACONV_INLINE void store_first(T* to, Vector<Compute<T>> v, int64_t n) {
   constexpr int lanes = VectorOf<Compute<T>>::lanes;
   if (n >= lanes) n = lanes;
+  if constexpr (sizeof(T) == sizeof(Compute<T>))
+    if (n == lanes) return store(to, v);
+  if constexpr (sizeof(T) == 2)
+    if (n == lanes) return narrow_all(to, v);
 #if defined(__AVX512F__)
   if constexpr (sizeof(T) == 4)
     return _mm512_mask_storeu_ps(to, static_cast<__mmask16>((1u << n) - 1), (__m512)v);
   if constexpr (sizeof(T) == 8)
     return _mm512_mask_storeu_pd(to, static_cast<__mmask8>((1u << n) - 1), (__m512d)v);
 #endif
-  if constexpr (sizeof(T) == sizeof(Compute<T>))
-    if (n == lanes) return store(to, v);
-  if constexpr (sizeof(T) == 2)
-    if (n == lanes) return narrow_all(to, v);
   Compute<T> numbers[lanes] __attribute__((aligned(DYNACONV_BYTES)));
   store(numbers, v);
   for (int64_t i = 0; i < n; ++i) to[i] = narrow<T>(numbers[i]);

@@ -23,9 +23,10 @@ DYNACONV_INLINE int64_t whole(int64_t n) {
   return (n + lanes - 1) / lanes * lanes;
 }
 
-// What one task computes: channels [c, c + channels) of a group, a box of positions.
+// What one task computes: channels [c, c + channels) of each of its groups, a box of positions.
 struct Piece {
-  int64_t n, g, c, channels, from[3], size[3];
+  int64_t n, g, groups, c, channels, from[3], size[3];
+  int64_t all() const { return groups * channels; }
 };
 
 inline Piece piece_of(const PerPosition& a, const int64_t (&space)[3], int64_t task) {
@@ -40,8 +41,10 @@ inline Piece piece_of(const PerPosition& a, const int64_t (&space)[3], int64_t t
   p.c = task % chunks * a.chunk;
   p.channels = least(a.chunk, a.channels - p.c);
   task /= chunks;
-  p.g = task % a.groups;
-  p.n = task / a.groups;
+  const int64_t bundles = pieces(a.groups, a.bundle);
+  p.g = task % bundles * a.bundle;
+  p.groups = least(a.bundle, a.groups - p.g);
+  p.n = task / bundles;
   return p;
 }
 
@@ -159,9 +162,9 @@ struct Taps {
 
 // Where the tensor itself holds the row as it is computed with, that; otherwise a copy.
 template <class T, class C>
-Row<C> weights(const PerPosition& a, const Piece& p, const int64_t (&at)[3], int64_t count,
-               C* scratch) {
-  const T* w = static_cast<const T*>(a.weight) + p.n * a.w_stride[0] + p.g * a.w_stride[1] +
+Row<C> weights(const PerPosition& a, const Piece& p, int64_t g, const int64_t (&at)[3],
+               int64_t count, C* scratch) {
+  const T* w = static_cast<const T*>(a.weight) + p.n * a.w_stride[0] + (p.g + g) * a.w_stride[1] +
                at[0] * a.at[0] + at[1] * a.at[1] + at[2] * a.at[2];
   if constexpr (sizeof(T) == sizeof(C))
     if (a.at[2] == 1 || (a.tap[2] == 1 && by_channels<T>(a)))
@@ -413,8 +416,9 @@ template <class T>
 int64_t output_scratch(const PerPosition& a) {
   typedef Compute<T> C;
   const bool lanes = by_channels<T>(a);
-  return sizeof(C) * (numbers(input_box<T>(a, a.tile, a.chunk, lanes), a.chunk) +
-                      numbers(output_box<T>(a.tile, a.chunk, lanes), a.chunk) +
+  const int64_t channels = a.chunk * a.bundle;
+  return sizeof(C) * (numbers(input_box<T>(a, a.tile, channels, lanes), channels) +
+                      numbers(output_box<T>(a.tile, channels, lanes), channels) +
                       row_numbers<C>(a, a.tile[2]));
 }
 
@@ -425,10 +429,10 @@ void fill_input(const PerPosition& a, const Piece& p, const int64_t (&size)[3], 
   const View<T> x = view<T>(a.input, a.x_stride, a, p);
   int64_t from[3];
   for (int d = 0; d < 3; ++d) from[d] = p.from[d] * a.stride[d] - a.padding[d];
-  if (box.step.channel == 1) return fill(x, a.in, from, box, p.channels, 1, box.size[2], to);
+  if (box.step.channel == 1) return fill(x, a.in, from, box, p.all(), 1, box.size[2], to);
   const int64_t width = phase_width<C>(a, size[2]);
   for (int64_t phase = 0; phase < a.stride[2]; ++phase, ++from[2])
-    fill(x, a.in, from, box, p.channels, a.stride[2], width, to + phase * width);
+    fill(x, a.in, from, box, p.all(), a.stride[2], width, to + phase * width);
 }
 
 // Writes a box of scratch to the tensor.
@@ -436,10 +440,28 @@ template <class T, class C>
 void write(const View<T>& y, const Piece& p, const Box& box, const C* from) {
   for (int64_t d = 0; d < p.size[0]; ++d)
     for (int64_t h = 0; h < p.size[1]; ++h)
-      move(p.channels, p.size[2], from + d * box.plane + h * box.row, box.step,
+      move(p.all(), p.size[2], from + d * box.plane + h * box.row, box.step,
            y.data + (p.from[0] + d) * y.space[0] + (p.from[1] + h) * y.space[1] +
                p.from[2] * y.space[2],
            {y.channel, y.space[2]}, false);
+}
+
+// A row of one group's outputs, positions as lanes.
+template <class C>
+void output_row_by_position(const PerPosition& a, const Piece& p, const C* x, const Box& seen,
+                            const Row<C>& w, C* y, const Box& made) {
+  const int64_t width = phase_width<C>(a, p.size[2]);
+  for (int64_t i = 0; i < p.size[2]; i += VectorOf<C>::lanes) {
+    const Row<C> here = {w.data + i, {w.tap[0], w.tap[1], w.tap[2]}, 1, w.ahead};
+    int64_t c = 0;
+    const auto run = [&]<int M>() {
+      for (; c + M <= p.channels; c += M)
+        output_vector<C, M>(a, x + i + c * seen.step.channel, seen, width, here, p.size[2] - i,
+                            y + i + c * made.step.channel, made.step.channel);
+    };
+    run.template operator()<4>();
+    run.template operator()<1>();
+  }
 }
 
 template <class T>
@@ -448,35 +470,28 @@ void output(const PerPosition& a, int64_t begin, int64_t end, void* scratch) {
   const bool lanes = by_channels<T>(a);
   for (int64_t task = begin; task < end; ++task) {
     const Piece p = piece_of(a, a.out, task);
-    const Box seen = input_box<T>(a, p.size, p.channels, lanes);
-    const Box made = output_box<T>(p.size, p.channels, lanes);
+    const Box seen = input_box<T>(a, p.size, p.all(), lanes);
+    const Box made = output_box<T>(p.size, p.all(), lanes);
     C* x = static_cast<C*>(scratch);
-    C* y = x + numbers(seen, p.channels);
-    C* buffer = y + numbers(made, p.channels);
+    C* y = x + numbers(seen, p.all());
+    C* buffer = y + numbers(made, p.all());
     fill_input<T>(a, p, p.size, seen, x);
     for (int64_t d = 0; d < p.size[0]; ++d)
-      for (int64_t h = 0; h < p.size[1]; ++h) {
-        const Row<C> w = weights<T>(a, p, {p.from[0] + d, p.from[1] + h, p.from[2]}, p.size[2],
-                                    buffer);
-        const C* from = x + d * a.stride[0] * seen.plane + h * a.stride[1] * seen.row;
-        C* to = y + d * made.plane + h * made.row;
-        if (lanes) {
-          (w.at == 1 ? output_row<false, C> : output_row<true, C>)(a, p.size[2], p.channels, from,
-                                                                  seen, w, to);
-          continue;
+      for (int64_t h = 0; h < p.size[1]; ++h)
+        for (int64_t g = 0; g < p.groups; ++g) {
+          const Row<C> w = weights<T>(a, p, g, {p.from[0] + d, p.from[1] + h, p.from[2]},
+                                      p.size[2], buffer);
+          const int64_t c = g * p.channels;
+          const C* from = x + d * a.stride[0] * seen.plane + h * a.stride[1] * seen.row +
+                          c * seen.step.channel;
+          C* to = y + d * made.plane + h * made.row + c * made.step.channel;
+          if (!lanes)
+            output_row_by_position(a, p, from, seen, w, to, made);
+          else if (w.at == 1)
+            output_row<false>(a, p.size[2], p.channels, from, seen, w, to);
+          else
+            output_row<true>(a, p.size[2], p.channels, from, seen, w, to);
         }
-        const int64_t width = phase_width<C>(a, p.size[2]);
-        for (int64_t i = 0; i < p.size[2]; i += VectorOf<C>::lanes) {
-          const Row<C> here = {w.data + i, {w.tap[0], w.tap[1], w.tap[2]}, 1, w.ahead};
-          const auto run = [&]<int M>(int64_t c) {
-            output_vector<C, M>(a, from + i + c * seen.step.channel, seen, width, here,
-                                p.size[2] - i, to + i + c * made.step.channel, made.step.channel);
-          };
-          int64_t c = 0;
-          for (; c + 4 <= p.channels; c += 4) run.template operator()<4>(c);
-          for (; c < p.channels; ++c) run.template operator()<1>(c);
-        }
-      }
     write(view<T>(a.output, a.y_stride, a, p), p, made, y);
   }
 }
@@ -503,24 +518,25 @@ int64_t input_scratch(const PerPosition& a) {
     up[d] = (a.tile[d] - 1 + (a.kernel[d] - 1) * a.dilation[d]) / a.stride[d] + 2;
   const int64_t width = lanes ? seen(a, 2, up[2]) : a.stride[2] * phase_width<C>(a, up[2]);
   const int64_t size[3] = {a.tile[0], a.tile[1], width};
-  const Box box = lanes ? by_channel<C>(size, a.chunk) : by_position<C>(size, width);
-  return sizeof(C) * (numbers(box, a.chunk) + numbers(output_box<T>(up, a.chunk, lanes), a.chunk) +
+  const int64_t channels = a.chunk * a.bundle;
+  const Box box = lanes ? by_channel<C>(size, channels) : by_position<C>(size, width);
+  return sizeof(C) * (numbers(box, channels) + numbers(output_box<T>(up, channels, lanes), channels) +
                       row_numbers<C>(a, up[2]));
 }
 
-// Adds the gradients that one row of outputs sends to the rows of a piece.
+// Adds the gradients that one row of outputs of a group sends to the rows of a piece.
 template <class T, class C>
 void send_back(const PerPosition& a, const Piece& p, const Range (&up)[3], int64_t d, int64_t h,
-               const Box& box, const Box& given, C* x, const C* g, C* buffer) {
-  const Row<C> w = weights<T>(a, p, {up[0].from + d, up[1].from + h, up[2].from}, up[2].size,
-                              buffer);
-  const C* from = g + d * given.plane + h * given.row;
+               int64_t group, const Box& box, const Box& given, C* x, const C* g, C* buffer) {
+  const Row<C> w = weights<T>(a, p, group, {up[0].from + d, up[1].from + h, up[2].from},
+                              up[2].size, buffer);
+  const C* from = g + d * given.plane + h * given.row + group * p.channels * given.step.channel;
   for (int64_t i = 0; i < a.kernel[0]; ++i)
     for (int64_t j = 0; j < a.kernel[1]; ++j) {
       const int64_t z = (up[0].from + d) * a.stride[0] - a.padding[0] + i * a.dilation[0] - p.from[0];
       const int64_t y = (up[1].from + h) * a.stride[1] - a.padding[1] + j * a.dilation[1] - p.from[1];
       if (z < 0 || z >= p.size[0] || y < 0 || y >= p.size[1]) continue;
-      C* row = x + z * box.plane + y * box.row;
+      C* row = x + z * box.plane + y * box.row + group * p.channels * box.step.channel;
       const C* weight = w.data + i * w.tap[0] + j * w.tap[1];
       if (box.step.channel == 1) {
         (w.at == 1 ? input_row<false, C> : input_row<true, C>)(
@@ -543,18 +559,18 @@ void write_row(const PerPosition& a, const Piece& p, const Range& up, const Box&
   const int64_t reach = up.size ? seen(a, 2, up.size) : 0;
   const int64_t left = least(most<int64_t>(-start, 0), p.size[2]);
   const int64_t right = most(left, least(p.size[2], reach - start));
-  for (int64_t c = 0; c < p.channels; ++c) {
+  for (int64_t c = 0; c < p.all(); ++c) {
     for (int64_t q = 0; q < left; ++q) to[c * x.channel + q * x.space[2]] = narrow<T>(C(0));
     for (int64_t q = right; q < p.size[2]; ++q) to[c * x.channel + q * x.space[2]] = narrow<T>(C(0));
   }
   if (lanes || s == 1)
-    return move(p.channels, right - left, row + (start + left) * box.step.position, box.step,
+    return move(p.all(), right - left, row + (start + left) * box.step.position, box.step,
                 to + left * x.space[2], {x.channel, x.space[2]}, false);
   const int64_t width = phase_width<C>(a, up.size);
   for (int64_t phase = 0; phase < s; ++phase) {
     const int64_t first = left + (phase - (start + left) % s + s) % s;
     if (first >= right) continue;
-    move(p.channels, (right - 1 - first) / s + 1, row + phase * width + (start + first) / s,
+    move(p.all(), (right - 1 - first) / s + 1, row + phase * width + (start + first) / s,
          box.step, to + first * x.space[2], {x.channel, s * x.space[2]}, false);
   }
 }
@@ -572,18 +588,19 @@ void input(const PerPosition& a, int64_t begin, int64_t end, void* scratch) {
     const int64_t width = lanes ? seen(a, 2, outputs[2])
                                 : a.stride[2] * phase_width<C>(a, outputs[2]);
     const int64_t size[3] = {p.size[0], p.size[1], width};
-    const Box box = lanes ? by_channel<C>(size, p.channels) : by_position<C>(size, width);
-    const Box given = output_box<T>(outputs, p.channels, lanes);
+    const Box box = lanes ? by_channel<C>(size, p.all()) : by_position<C>(size, width);
+    const Box given = output_box<T>(outputs, p.all(), lanes);
     C* x = static_cast<C*>(scratch);
-    C* g = x + numbers(box, p.channels);
-    C* buffer = g + numbers(given, p.channels);
-    clear(x, numbers(box, p.channels));
+    C* g = x + numbers(box, p.all());
+    C* buffer = g + numbers(given, p.all());
+    clear(x, numbers(box, p.all()));
     const int64_t have[3] = {a.out[0], a.out[1], from[2] + outputs[2]};
-    fill(view<T>(a.output, a.y_stride, a, p), have, from, given, p.channels, 1,
+    fill(view<T>(a.output, a.y_stride, a, p), have, from, given, p.all(), 1,
          lanes ? outputs[2] : whole<C>(outputs[2]), g);
     for (int64_t d = 0; d < outputs[0]; ++d)
       for (int64_t h = 0; h < outputs[1]; ++h)
-        send_back<T>(a, p, up, d, h, box, given, x, g, buffer);
+        for (int64_t i = 0; i < p.groups; ++i)
+          send_back<T>(a, p, up, d, h, i, box, given, x, g, buffer);
     const View<T> target = view<T>(a.input, a.x_stride, a, p);
     for (int64_t d = 0; d < p.size[0]; ++d)
       for (int64_t h = 0; h < p.size[1]; ++h)
@@ -597,8 +614,9 @@ void input(const PerPosition& a, int64_t begin, int64_t end, void* scratch) {
 template <class T>
 int64_t weight_scratch(const PerPosition& a) {
   typedef Compute<T> C;
-  return sizeof(C) * (numbers(input_box<T>(a, a.tile, a.chunk, false), a.chunk) +
-                      numbers(output_box<T>(a.tile, a.chunk, false), a.chunk) +
+  const int64_t channels = a.chunk * a.bundle;
+  return sizeof(C) * (numbers(input_box<T>(a, a.tile, channels, false), channels) +
+                      numbers(output_box<T>(a.tile, channels, false), channels) +
                       a.tile[0] * a.tile[1] * row_numbers<C>(a, a.tile[2]));
 }
 
@@ -625,6 +643,35 @@ void weight_row(const PerPosition& a, const Piece& p, const C* x, const Box& see
       }
 }
 
+// Adds one chunk of channels to the gradient of one group's weight.
+template <class T, class C>
+void weight_rows(const PerPosition& a, const Piece& p, int64_t group, const C* x, const Box& seen,
+                 const C* g, const Box& given, C* buffer) {
+  T* to = static_cast<T*>(a.weight) + p.n * a.w_stride[0] + (p.g + group) * a.w_stride[1] +
+          p.from[0] * a.at[0] + p.from[1] * a.at[1] + p.from[2] * a.at[2];
+  const int64_t pitch = whole<C>(p.size[2]), row = taps(a) * pitch, first = group * p.channels;
+  const int64_t tap[3] = {a.kernel[1] * a.kernel[2] * pitch, a.kernel[2] * pitch, pitch};
+  const bool add = p.c > 0, last = p.c + p.channels == a.channels;
+  for (int64_t d = 0; d < p.size[0]; ++d)
+    for (int64_t h = 0; h < p.size[1]; ++h) {
+      const C* from = x + d * a.stride[0] * seen.plane + h * a.stride[1] * seen.row +
+                      first * seen.step.channel;
+      const C* up = g + d * given.plane + h * given.row + first * given.step.channel;
+      T* at = to + d * a.at[0] + h * a.at[1];
+      if constexpr (sizeof(T) == sizeof(C))
+        if (a.at[2] == 1) {
+          weight_row(a, p, from, seen, up, given.step.channel, add, at, a.tap);
+          continue;
+        }
+      C* sums = buffer + (d * p.size[1] + h) * row;
+      weight_row(a, p, from, seen, up, given.step.channel, add, sums, tap);
+      for (int64_t k = 0; last && k < a.kernel[0] * a.kernel[1]; ++k)
+        move(a.kernel[2], p.size[2], sums + k * tap[1], {pitch, 1},
+             at + k / a.kernel[1] * a.tap[0] + k % a.kernel[1] * a.tap[1], {a.tap[2], a.at[2]},
+             false);
+    }
+}
+
 template <class T>
 void weight(const PerPosition& a, int64_t begin, int64_t end, void* scratch) {
   typedef Compute<T> C;
@@ -635,40 +682,16 @@ void weight(const PerPosition& a, int64_t begin, int64_t end, void* scratch) {
     const Box seen = input_box<T>(a, p.size, a.chunk, false);
     const Box given = output_box<T>(p.size, a.chunk, false);
     C* x = static_cast<C*>(scratch);
-    C* g = x + numbers(seen, a.chunk);
-    C* buffer = g + numbers(given, a.chunk);
-    T* target = static_cast<T*>(a.weight) + p.n * a.w_stride[0] + p.g * a.w_stride[1] +
-                p.from[0] * a.at[0] + p.from[1] * a.at[1] + p.from[2] * a.at[2];
-    const bool direct = sizeof(T) == sizeof(C) && a.at[2] == 1;
-    const int64_t pitch = whole<C>(p.size[2]), row = taps(a) * pitch;
-    const int64_t tap[3] = {a.kernel[1] * a.kernel[2] * pitch, a.kernel[2] * pitch, pitch};
+    C* g = x + numbers(seen, a.chunk * a.bundle);
+    C* buffer = g + numbers(given, a.chunk * a.bundle);
     for (p.c = 0; p.c < a.channels; p.c += a.chunk) {
       p.channels = least(a.chunk, a.channels - p.c);
       fill_input<T>(a, p, p.size, seen, x);
-      fill(view<T>(a.output, a.y_stride, a, p), a.out, p.from, given, p.channels, 1,
+      fill(view<T>(a.output, a.y_stride, a, p), a.out, p.from, given, p.all(), 1,
            whole<C>(p.size[2]), g);
-      for (int64_t d = 0; d < p.size[0]; ++d)
-        for (int64_t h = 0; h < p.size[1]; ++h) {
-          const C* from = x + d * a.stride[0] * seen.plane + h * a.stride[1] * seen.row;
-          const C* up = g + d * given.plane + h * given.row;
-          if constexpr (sizeof(T) == sizeof(C))
-            if (direct) {
-              weight_row(a, p, from, seen, up, given.step.channel, p.c > 0,
-                         target + d * a.at[0] + h * a.at[1], a.tap);
-              continue;
-            }
-          weight_row(a, p, from, seen, up, given.step.channel, p.c > 0,
-                     buffer + (d * p.size[1] + h) * row, tap);
-        }
+      for (int64_t group = 0; group < p.groups; ++group)
+        weight_rows<T>(a, p, group, x, seen, g, given, buffer);
     }
-    if (direct) continue;
-    for (int64_t d = 0; d < p.size[0]; ++d)
-      for (int64_t h = 0; h < p.size[1]; ++h)
-        for (int64_t k = 0; k < a.kernel[0] * a.kernel[1]; ++k)
-          move(a.kernel[2], p.size[2], buffer + (d * p.size[1] + h) * row + k * tap[1], {pitch, 1},
-               target + d * a.at[0] + h * a.at[1] + k / a.kernel[1] * a.tap[0] +
-                   k % a.kernel[1] * a.tap[1],
-               {a.tap[2], a.at[2]}, false);
   }
 }
 
