@@ -25,7 +25,9 @@ except (ImportError, RuntimeError):  # RuntimeError: built for another torch
     deform_conv2d = None
 
 BATCH, SIZE, EXPERTS = 8, 224, 4
-TOLERANCE = 1e-3
+# Relative, of output in training, output and gradient: a sum that is zero but for its rounding
+# opens or closes a ReLU, and with it a part of the gradient.
+TOLERANCES = {"output in training": 1e-3, "output": 1e-3, "gradient": 1e-2}
 
 
 class Residual(nn.Module):
@@ -235,7 +237,7 @@ def stir(model: nn.Module) -> None:
 def same(ours: Net, published: Net, title: str) -> None:
     """AssertionError unless both give the same outputs and gradients.
 
-    The gradients are those in evaluation: a batch norm over a few pooled values, as in ODConv's
+    Gradients are those in evaluation: a batch norm over a few pooled values, as in ODConv's
     attention, makes rounding errors large.
     """
     found = []
@@ -243,9 +245,9 @@ def same(ours: Net, published: Net, title: str) -> None:
         in_training = net.model.train() and net.infer()
         output = net.model.eval() and net.infer()
         found.append((in_training, output, torch.cat([g.flatten() for g in net.gradients()])))
-    for what, a, b in zip(("output in training", "output", "gradient"), *found, strict=True):
+    for (what, tolerance), a, b in zip(TOLERANCES.items(), *found, strict=True):
         error = ((a - b).norm() / b.norm()).item()
-        if not error <= TOLERANCE:
+        if not error <= tolerance:
             raise AssertionError(f"{title}: {what} differs by {error}")
 
 
