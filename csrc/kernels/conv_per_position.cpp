@@ -145,9 +145,6 @@ template <class C, bool together>
 struct Taps {
   const C* data;
   int64_t tap, at, ahead;
-  DYNACONV_INLINE C operator()(int k, int p) const {
-    return together ? data[k + p * at] : data[k * tap + p];
-  }
   DYNACONV_INLINE Taps from(int64_t k) const {
     return {data + k * (together ? 1 : tap), tap, at, ahead};
   }
@@ -158,6 +155,17 @@ struct Taps {
     else
       for (int64_t k = 0; k < taps; ++k) __builtin_prefetch(data + k * tap + ahead);
   }
+};
+
+// K of these taps at P positions: where each line of them starts, in registers.
+template <class C, bool together, int P, int K>
+struct Lines {
+  const C* line[together ? P : K];
+  DYNACONV_INLINE explicit Lines(const Taps<C, together>& w) {
+#pragma GCC unroll 8
+    for (int i = 0; i < (together ? P : K); ++i) line[i] = w.data + i * (together ? w.at : w.tap);
+  }
+  DYNACONV_INLINE C operator()(int k, int p) const { return together ? line[p][k] : line[k][p]; }
 };
 
 // Where the tensor itself holds the row as it is computed with, that; otherwise a copy.
@@ -189,12 +197,13 @@ DYNACONV_INLINE Taps<C, together> taps_of(const Row<C>& w, int64_t i, int64_t j,
 
 // P positions and N vectors of channels meet K taps at stride and dilation 1.
 template <int K, class C, int P, int N, bool U>
-DYNACONV_INLINE void slide(Vector<C> (&sum)[P][N], const C* x, int64_t pitch, Taps<C, U> w) {
+DYNACONV_INLINE void slide(Vector<C> (&sum)[P][N], const C* x, int64_t pitch, Taps<C, U> taps) {
+  const Lines<C, U, P, K> w(taps);
 #pragma GCC unroll 16
-  for (int i = 0; i < P + K - 1; ++i)
+  for (int i = 0; i < P + K - 1; ++i, x += pitch)
 #pragma GCC unroll 2
     for (int n = 0; n < N; ++n) {
-      const Vector<C> v = load(x + i * pitch + n * VectorOf<C>::lanes);
+      const Vector<C> v = load(x + n * VectorOf<C>::lanes);
 #pragma GCC unroll 8
       for (int k = 0; k < K; ++k)
         if (i - k >= 0 && i - k < P) sum[i - k][n] += v * w(k, i - k);
@@ -203,12 +212,13 @@ DYNACONV_INLINE void slide(Vector<C> (&sum)[P][N], const C* x, int64_t pitch, Ta
 
 // Its transpose: adds to x.
 template <int K, class C, int P, int N, bool U>
-DYNACONV_INLINE void slide(const Vector<C> (&g)[P][N], C* x, int64_t pitch, Taps<C, U> w) {
+DYNACONV_INLINE void slide(const Vector<C> (&g)[P][N], C* x, int64_t pitch, Taps<C, U> taps) {
+  const Lines<C, U, P, K> w(taps);
 #pragma GCC unroll 16
-  for (int i = 0; i < P + K - 1; ++i)
+  for (int i = 0; i < P + K - 1; ++i, x += pitch)
 #pragma GCC unroll 2
     for (int n = 0; n < N; ++n) {
-      C* at = x + i * pitch + n * VectorOf<C>::lanes;
+      C* at = x + n * VectorOf<C>::lanes;
       Vector<C> v = load(at);
 #pragma GCC unroll 8
       for (int k = 0; k < K; ++k)
@@ -219,7 +229,8 @@ DYNACONV_INLINE void slide(const Vector<C> (&g)[P][N], C* x, int64_t pitch, Taps
 
 // One tap over P positions, at any stride: `apart` numbers of x from one position to the next.
 template <class C, int P, int N, bool U>
-DYNACONV_INLINE void one_tap(Vector<C> (&sum)[P][N], const C* x, int64_t apart, Taps<C, U> w) {
+DYNACONV_INLINE void one_tap(Vector<C> (&sum)[P][N], const C* x, int64_t apart, Taps<C, U> taps) {
+  const Lines<C, U, P, 1> w(taps);
 #pragma GCC unroll 8
   for (int j = 0; j < P; ++j)
 #pragma GCC unroll 2
@@ -228,7 +239,8 @@ DYNACONV_INLINE void one_tap(Vector<C> (&sum)[P][N], const C* x, int64_t apart, 
 }
 
 template <class C, int P, int N, bool U>
-DYNACONV_INLINE void one_tap(const Vector<C> (&g)[P][N], C* x, int64_t apart, Taps<C, U> w) {
+DYNACONV_INLINE void one_tap(const Vector<C> (&g)[P][N], C* x, int64_t apart, Taps<C, U> taps) {
+  const Lines<C, U, P, 1> w(taps);
 #pragma GCC unroll 8
   for (int j = 0; j < P; ++j)
 #pragma GCC unroll 2
@@ -594,8 +606,7 @@ void input(const PerPosition& a, int64_t begin, int64_t end, void* scratch) {
     C* g = x + numbers(box, p.all());
     C* buffer = g + numbers(given, p.all());
     clear(x, numbers(box, p.all()));
-    const int64_t have[3] = {a.out[0], a.out[1], from[2] + outputs[2]};
-    fill(view<T>(a.output, a.y_stride, a, p), have, from, given, p.all(), 1,
+    fill(view<T>(a.output, a.y_stride, a, p), a.out, from, given, p.all(), 1,
          lanes ? outputs[2] : whole<C>(outputs[2]), g);
     for (int64_t d = 0; d < outputs[0]; ++d)
       for (int64_t h = 0; h < outputs[1]; ++h)
