@@ -81,7 +81,9 @@ def test_each_formulation_of_conv_per_sample(name, rank, monkeypatch):
 @pytest.mark.parametrize("name", ["kernels", "outputs"])
 @every_rank
 def test_each_formulation_of_conv_mixture(name, rank, monkeypatch):
-    ungrouped = lambda weight, positions, settings: name if settings[3] == 1 else "kernels"
+    ungrouped = lambda weight, coefficients, positions, settings: (
+        name if settings[3] == 1 and coefficients.dim() == 2 else "kernels"
+    )
     monkeypatch.setattr(mixture, "formulation", ungrouped)
     monkeypatch.setattr(mixture, "CHUNK", 1)
     monkeypatch.setattr(mixture, "SHARE", 2)  # the third sample is a chunk of its own
@@ -123,8 +125,12 @@ def test_the_rule_takes_every_formulation():
     assert rule((64, 64, 5, 5), (64, 64, 64, 3, 3), [1, 1], [1, 1], [1, 1], 1) == "grouped"
     few = torch.empty(2, 256, 5, 5), torch.empty(2, 256, 5, 5), torch.empty(2, 256, 256, 3, 3)
     assert per_sample.weight_formulation(*few, ([1, 1], [1, 1], [1, 1], 1)) == "unfold"
-    assert mixture.formulation(torch.empty(4, 8, 8, 1), 1, ([1], [0], [1], 1)) == "outputs"
-    assert mixture.formulation(torch.empty(4, 8, 8, 1), 99, ([1], [0], [1], 1)) == "kernels"
+    mixing = lambda positions, *taps: mixture.formulation(
+        torch.empty(4, 8, 8, 1), torch.empty(2, 4, *taps), positions, ([1], [0], [1], 1)
+    )
+    assert mixing(1) == "outputs"
+    assert mixing(99) == "kernels"
+    assert mixing(1, 1) == "kernels"
 
 
 @every_primitive

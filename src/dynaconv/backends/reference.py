@@ -53,7 +53,11 @@ def conv_mixture(
     groups: int,
 ) -> Tensor:
     """W[n] = sum_e coefficients[n, e] * weight[e], then one kernel a sample."""
-    mixed = torch.einsum("ne,e...->n...", coefficients, weight)
+    if coefficients.dim() == 2:
+        mixed = torch.einsum("ne,e...->n...", coefficients, weight)
+    else:  # of each tap
+        by_tap = torch.einsum("nek,eock->nock", coefficients.flatten(2), weight.flatten(3))
+        mixed = by_tap.unflatten(3, geometry.kernel)
     if bias is not None:
         bias = coefficients @ bias if bias.dim() == 2 else bias.expand(mixed.shape[0], -1)
     return conv_per_sample(input, mixed, bias, geometry, groups)

@@ -31,12 +31,13 @@ def conv_mixture(
         W[n] = sum_e coefficients[n, e] * weight[e],    y[n] = W[n] * x[n] + b[n]
 
     Mixing the kernels first and mixing the experts' outputs give the same; the cheaper is taken.
+    Coefficients may differ from tap to tap: weight[e] is then multiplied by those of each tap.
 
     Args:
         input: (N, C_in, *L).
         weight: (E, C_out, C_in / groups, *K), the experts.
-        coefficients: (N, E).
-        bias: (C_out,) for all, or (E, C_out), mixed like the kernels.
+        coefficients: (N, E), or (N, E, *K) where each tap has its own.
+        bias: (C_out,) for all, or (E, C_out), mixed like the kernels by coefficients (N, E).
         stride, padding, dilation, groups: as in torch.nn.functional.conv2d.
 
     Returns:
@@ -72,9 +73,10 @@ def prepare(
     check_shape(NAME, "weight", weight, ("E", "C_out", channels // groups, *kernel))
     experts, out_channels = weight.shape[:2]
     check_groups(NAME, out_channels, groups, "output channels")
-    check_shape(NAME, "coefficients", coefficients, (batch, experts))
+    by_tap = coefficients.dim() > 2
+    check_shape(NAME, "coefficients", coefficients, (batch, experts, *(kernel if by_tap else ())))
     if bias is not None:
-        mixed = bias.dim() == 2
+        mixed = bias.dim() == 2 and not by_tap
         check_shape(NAME, "bias", bias, (experts, out_channels) if mixed else (out_channels,))
     input, geometry = resolve_padding(input, kernel, stride, padding, dilation)  # type: ignore[arg-type]
     check_output(NAME, tuple(input.shape[2:]), geometry)

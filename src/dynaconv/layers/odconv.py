@@ -14,7 +14,7 @@ GATES = ("channel", "filter", "spatial")
 
 
 @register_family(
-    "odconv", primitive="conv_per_sample", paper="Li et al., ICLR 2022", transposed=True
+    "odconv", primitive="conv_mixture", paper="Li et al., ICLR 2022", transposed=True
 )
 class ODConv(DynamicConv):
     """Experts under four attentions: input channel, output channel, tap and expert.
@@ -84,24 +84,17 @@ class ODConv(DynamicConv):
         return attention
 
     def convolve(self, x: Tensor, channel: Tensor, **attention: Tensor) -> Tensor:  # type: ignore[override]
+        """a_c scales the input and a_f the output; a_s a_w are the experts' coefficients."""
         ones = (1,) * self.rank
-        x = x * channel.unflatten(1, (-1, *ones))
         coefficients = attention.get("coefficients", x.new_ones(x.shape[0], 1))
-        scale = self._kernel_scale(attention)
-        if scale is None:
-            return self.convolve_mixture(x, self.weight, coefficients, self.bias)
-        mixed = torch.einsum("ne,e...->n...", coefficients, self.weight) * scale
-        return self.convolve_samples(x, mixed, self.bias)
-
-    def _kernel_scale(self, attention: dict[str, Tensor]) -> Tensor | None:
-        """a_f a_s for kernels (N, C_out, C_in / groups, *K), None where the layer has neither."""
-        scale = None
         if "spatial" in attention:
-            scale = attention["spatial"].unflatten(1, (1, 1, *self.kernel_size))
-        if "filter" in attention:
-            outer = attention["filter"].unflatten(1, (-1, 1, *(1,) * self.rank))
-            scale = outer if scale is None else scale * outer
-        return scale
+            taps = attention["spatial"].unflatten(1, (1, *self.kernel_size))
+            coefficients = coefficients.unflatten(1, (-1, *ones)) * taps
+        x = x * channel.unflatten(1, (-1, *ones))
+        if "filter" not in attention:
+            return self.convolve_mixture(x, self.weight, coefficients, self.bias)
+        output = self.convolve_mixture(x, self.weight, coefficients, None)
+        return self.add_bias(output * attention["filter"].unflatten(1, (-1, *ones)))
 
     def init_from(self, conv: ConvNd) -> None:
         """Gates at g sigmoid(0) = g / 2, experts alike; for g = 2 the kernel itself.

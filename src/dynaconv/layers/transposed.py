@@ -83,7 +83,11 @@ class Transposed(DynamicConv):
     def convolve_mixture(
         self, x: Tensor, weight: Tensor, coefficients: Tensor, bias: Tensor | None
     ) -> Tensor:
-        mixed = torch.einsum("ne,e...->n...", coefficients, weight)
+        if coefficients.dim() > 2:
+            by_tap = torch.einsum("nek,eock->nock", coefficients.flatten(2), weight.flatten(3))
+            mixed = by_tap.unflatten(3, self.kernel_size)
+        else:
+            mixed = torch.einsum("ne,e...->n...", coefficients, weight)
         if bias is not None and bias.dim() == 2:
             bias = coefficients @ bias
         return self.convolve_samples(x, mixed, bias)

@@ -135,11 +135,12 @@ def _per_sample(rank: int, batch: int, groups: int, geometry: dict) -> Call:
 
 def _mixture(rank: int, batch: int, groups: int, geometry: dict) -> Call:
     kernel = geometry.pop("kernel")
+    by_tap = groups == 2 or "stride" in geometry
     tensors = {
         "input": torch.randn(batch, 4, *SIZES[rank]),
         "weight": torch.randn(3, 6, 4 // groups, *kernel),
-        "coefficients": torch.randn(batch, 3),
-        "bias": torch.randn(3, 6) if groups == 1 else torch.randn(6),
+        "coefficients": torch.randn(batch, 3, *(kernel if by_tap else ())),
+        "bias": torch.randn(6) if by_tap else torch.randn(3, 6),
     }
     return tensors, geometry | {"groups": groups}
 

@@ -28,8 +28,10 @@ FEW_POSITIONS = 8
 Settings = Sequence[Any]
 
 
-def formulation(weight: Tensor, positions: int, settings: Settings) -> str:
-    """Whether to mix "kernels" or "outputs"."""
+def formulation(weight: Tensor, coefficients: Tensor, positions: int, settings: Settings) -> str:
+    """Whether to mix "kernels" or "outputs"; where each tap has coefficients, only kernels mix."""
+    if coefficients.dim() > 2:
+        return "kernels"
     few = (len(weight) - 1) * positions <= FEW_POSITIONS and settings[3] == 1
     return "outputs" if few else "kernels"
 
@@ -40,8 +42,16 @@ def mixed_kernels(weight: Tensor, coefficients: Tensor) -> Iterator[tuple[slice,
     size = min(batch, max(SHARE, CHUNK // experts.shape[1]))
     buffer = experts.new_empty(size, experts.shape[1])
     for part in few_at_a_time(batch, size):
-        kernels = torch.mm(coefficients[part], experts, out=buffer[: part.stop - part.start])
-        yield part, kernels.unflatten(1, weight.shape[1:])
+        if coefficients.dim() > 2:
+            kernels = torch.einsum("nek,emk->nmk", *by_tap(coefficients[part], weight))
+        else:
+            kernels = torch.mm(coefficients[part], experts, out=buffer[: part.stop - part.start])
+        yield part, kernels.reshape(-1, *weight.shape[1:])
+
+
+def by_tap(coefficients: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+    """(N, E, taps), and kernels as (E, C_out * C_in / groups, taps)."""
+    return coefficients.flatten(2), weight.flatten(3).flatten(1, 2)
 
 
 # Forward and backward ----------------------------------------------------------------------------
@@ -74,6 +84,12 @@ def kernels_backward(
             grad[part], input[part], kernel, settings, [mask[0], need_kernel]
         )
         gx.append(g[0])
+        if coefficients.dim() > 2 and need_kernel:
+            by_sample, gradient = by_tap(coefficients[part], g[1])
+            gw += torch.einsum("nek,nmk->emk", by_sample, gradient).flatten(1)
+            of_each = torch.einsum("nmk,emk->nek", gradient, by_tap(coefficients, weight)[1])
+            gc.append(of_each.reshape(-1, *coefficients.shape[1:]))
+            continue
         if mask[1]:
             gw.addmm_(coefficients[part].t(), g[1].flatten(1))
         if mask[2]:
@@ -132,7 +148,7 @@ def _forward(
     shape = _shape(input, weight, coefficients, bias, *settings)
     if not input.numel():
         return output_like(input, shape).zero_()
-    choice = formulation(weight, prod(shape[2:]), settings)
+    choice = formulation(weight, coefficients, prod(shape[2:]), settings)
     return FORMULATIONS[choice][0](input, weight, coefficients, bias, settings)
 
 
@@ -150,7 +166,7 @@ def _backward(
         return [None, None, None, gb]
     if not grad.numel() or not input.numel():
         return [torch.zeros_like(t) for t in (input, weight, coefficients)] + [gb]
-    choice = formulation(weight, prod(grad.shape[2:]), settings)
+    choice = formulation(weight, coefficients, prod(grad.shape[2:]), settings)
     backward = FORMULATIONS[choice][1]
     return [*backward(grad, input, weight, coefficients, settings, mask[:3]), gb]
 
@@ -164,7 +180,7 @@ def _reference(
 
 
 def _flops(input: tuple, weight: tuple, coefficients: tuple, *rest: Any) -> int:
-    return 2 * (prod(rest[-1]) * prod(weight[2:]) + prod(coefficients) * prod(weight[1:]))
+    return 2 * (prod(rest[-1]) * prod(weight[2:]) + prod(coefficients[:2]) * prod(weight[1:]))
 
 
 operator = Operator(
