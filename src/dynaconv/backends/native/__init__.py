@@ -8,6 +8,8 @@ from collections.abc import Callable
 import torch
 
 from dynaconv.backends.native import library
+from dynaconv.backends.native.conv_mixture import conv_mixture
+from dynaconv.backends.native.conv_per_sample import conv_per_sample
 from dynaconv.dispatch import Backend, Problem, register_backend
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16)
@@ -28,5 +30,5 @@ def supports(problem: Problem) -> str | None:
     return library.MISSING
 
 
-FUNCTIONS: tuple[Callable, ...] = ()
+FUNCTIONS: tuple[Callable, ...] = (conv_per_sample, conv_mixture)
 register_backend(Backend("native", supports, {f.__name__: f for f in FUNCTIONS}))
