@@ -202,6 +202,20 @@ void locate(const Axis* axes, bool transposed, const Rows& rows, int64_t* where)
 
 // The tile of sums --------------------------------------------------------------------------------
 
+// Asks for what will be read next, a few lines at a time, while the work at hand goes on.
+struct Ahead {
+  const char* from;
+  int64_t rows, lines, step;
+  int64_t row = 0, line = 0;
+
+  void ask(int64_t count) {
+    for (; count && row < rows; --count) {
+      __builtin_prefetch(from + row * step + line * 64, 0, 2);
+      if (++line == lines) line = 0, ++row;
+    }
+  }
+};
+
 struct Tap {
   int64_t input, weight;
 };
@@ -217,6 +231,8 @@ struct Tile {
   T* sum;
   int64_t sum_step;
   bool fresh;  // from zero, not from what is there
+  Ahead* ahead = nullptr;
+  int64_t lines = 0;  // to ask for at each step
 };
 
 template <class T, int vectors, int positions>
@@ -230,6 +246,7 @@ void multiply(const Tile<T>& tile) {
       sum[p][v] = tile.fresh ? Vector<T>{} : load(tile.sum + p * tile.sum_step + v * n);
   const T *input = tile.input, *weight = tile.weight;
   for (int64_t step = tile.steps; step; --step) {
+    if (tile.ahead) tile.ahead->ask(tile.lines);
     for (const Tap *tap = tile.taps, *end = tap + tile.count; tap != end; ++tap) {
       const T *x = input + tap->input, *w = weight + tap->weight;
       Vector<T> column[vectors];
@@ -311,6 +328,7 @@ struct Plan {
     sums = rows.positions * width;
     slice = job.experts ? least(least(most<int64_t>(kSums / (sums * bytes), 1), kSlice), job.batch) : 1;
     slices = up(job.batch, slice);
+    slice = up(job.batch, slices);
     inputs = up(job.from_channels * rows.plane, lanes) * lanes;
     piece = chunk * job.taps * width;
     where = rows.count * job.taps;
@@ -318,20 +336,6 @@ struct Plan {
   int64_t scratch(const ConvPerSample& job, int64_t bytes) const {
     const int64_t mixing = job.experts ? (job.experts + kTogether) * piece + kTogether * job.experts : piece;
     return slice * (inputs + sums) + mixing + up((where + 2 * job.taps) * 8, bytes) + 64;
-  }
-};
-
-// Asks for what will be read next, a few lines at a time, while the work at hand goes on.
-struct Ahead {
-  const char* from;
-  int64_t rows, lines, step;
-  int64_t row = 0, line = 0;
-
-  void ask(int64_t count) {
-    for (; count && row < rows; --count) {
-      __builtin_prefetch(from + row * step + line * 64, 0, 2);
-      if (++line == lines) line = 0, ++row;
-    }
   }
 };
 
@@ -447,7 +451,8 @@ struct Convolution {
   // Adds what `count` channels from `begin` give to all positions of a sample.
   void accumulate(const T* input, const T* weight, int64_t begin, int64_t count, T* sum, Ahead* ahead) {
     const int64_t longest = plan.vectors == 4 ? kShort : kLong;
-    const int64_t share = ahead ? up(ahead->rows * ahead->lines * longest, plan.rows.positions) : 0;
+    const int64_t tiles = up(plan.rows.width, longest) * plan.rows.count;
+    const int64_t lines = ahead ? up(ahead->rows * ahead->lines, tiles * count) : 0;
     for (int64_t row = 0; row < plan.rows.count; ++row) {
       const int64_t width = width_of(job.axes[2], plan.rows, row % plan.rows.out_phases);
       int64_t used = 0;
@@ -458,9 +463,8 @@ struct Convolution {
       const int64_t parts = up(width, longest);
       for (int64_t i = 0; i < parts; ++i) {
         const int64_t start = part(width, parts, i), positions = part(width, parts, i + 1) - start;
-        if (ahead) ahead->ask(share);
         multiply<T>({input + begin * plan.rows.plane + start, weight, plan.rows.plane,
-                     job.taps * plan.width, count, taps, used, sum, plan.width, begin == 0},
+                     job.taps * plan.width, count, taps, used, sum, plan.width, begin == 0, ahead, lines},
                     plan.vectors, positions);
         sum += positions * plan.width;
       }
@@ -682,27 +686,57 @@ struct Gradient {
       for (int64_t g = 0; g < together; ++g)
         product(gradients + (i + g) * each + row * plan.rows.positions, rows,
                 columns + (i + g) * plan.column, product_of + g * plan.tile, plan.width);
-      for (int64_t g = 0; g < together; ++g)
-        for (int64_t e = 0; e < job.experts; ++e) {
-          const int64_t k = (i + g) * job.experts + e;
-          part_of[k] += share(product_of + g * plan.tile, weight + e * plan.tile, widen(given[k]),
-                              numbers, gradient + e * plan.tile);
-        }
+      if (together == kTogether)
+        share_all<kTogether>(product_of, weight, given + i * job.experts, numbers, gradient,
+                             part_of + i * job.experts);
+      else
+        for (int64_t g = 0; g < together; ++g)
+          share_all<1>(product_of + g * plan.tile, weight, given + (i + g) * job.experts, numbers,
+                       gradient, part_of + (i + g) * job.experts);
     }
     exchange(panel, row, rows, true, weight, gradient, true);
   }
 
-  // gradient += coefficient * product; returns <product, weight>.
-  T share(const T* product, const T* weight, T coefficient, int64_t numbers, T* gradient) {
-    Vector<T> sum = {};
+  template <int group>
+  void share_all(const T* product, const T* weight, const S* coefficients, int64_t numbers,
+                 T* gradient, T* part_of) {
+    int64_t e = 0;
+    for (; e + 2 <= job.experts; e += 2)
+      share<group, 2>(product, weight + e * plan.tile, coefficients + e, numbers,
+                      gradient + e * plan.tile, part_of + e);
+    for (; e < job.experts; ++e)
+      share<group, 1>(product, weight + e * plan.tile, coefficients + e, numbers,
+                      gradient + e * plan.tile, part_of + e);
+  }
+
+  // Of a few samples and experts: gradient[e] += sum_g coefficients[g, e] * product[g], and
+  // part_of[g, e] += <product[g], weight[e]>.
+  template <int group, int kinds>
+  void share(const T* product, const T* weight, const S* coefficients, int64_t numbers,
+             T* gradient, T* part_of) {
+    Vector<T> sum[group][kinds] = {}, coefficient[group][kinds];
+    for (int g = 0; g < group; ++g)
+      for (int e = 0; e < kinds; ++e)
+        coefficient[g][e] = widen(coefficients[g * job.experts + e]) - Vector<T>{};
     for (int64_t i = 0; i < numbers; i += n) {
-      const Vector<T> p = load(product + i);
-      store(gradient + i, load(gradient + i) + (coefficient - Vector<T>{}) * p);
-      sum += p * load(weight + i);
+      Vector<T> p[group];
+#pragma GCC unroll 4
+      for (int g = 0; g < group; ++g) p[g] = load(product + g * plan.tile + i);
+#pragma GCC unroll 2
+      for (int e = 0; e < kinds; ++e) {
+        const Vector<T> w = load(weight + e * plan.tile + i);
+        Vector<T> total = load(gradient + e * plan.tile + i);
+#pragma GCC unroll 4
+        for (int g = 0; g < group; ++g) {
+          total += coefficient[g][e] * p[g];
+          sum[g][e] += p[g] * w;
+        }
+        store(gradient + e * plan.tile + i, total);
+      }
     }
-    T total = 0;
-    for (int i = 0; i < n; ++i) total += sum[i];
-    return total;
+    for (int g = 0; g < group; ++g)
+      for (int e = 0; e < kinds; ++e)
+        for (int i = 0; i < n; ++i) part_of[g * job.experts + e] += sum[g][e][i];
   }
 
   // Brings the experts' tiles and their gradient so far in (`out` false), or the gradient out.
