@@ -87,30 +87,39 @@ DYNACONV_INLINE Vector<double> load_wide<double>(const double* from) {
   return load(from);
 }
 
+// The first `columns` columns of as many rows as there are lanes: to[column][lane].
+template <class S, int columns, class T = Compute<S>>
+DYNACONV_INLINE void turn_square(const S* from, int64_t row_step, T* to, int64_t to_step) {
+  constexpr int n = VectorOf<T>::lanes;
+  Vector<T> square[n];
+#pragma GCC unroll 16
+  for (int i = 0; i < n; ++i) square[i] = load_wide(from + i * row_step);
+  transpose<T>(square);
+#pragma GCC unroll 16
+  for (int i = 0; i < (columns < n ? columns : n); ++i) store(to + i * to_step, square[i]);
+}
+
 // to[column][lane] = from[lane][column] for up to as many rows as there are lanes, zero beyond.
 // Nothing is read at or after `end`.
 template <class S, class T = Compute<S>>
 void turn(const S* from, int64_t row_step, int64_t rows, int64_t columns, const S* end, T* to,
           int64_t to_step) {
   constexpr int n = VectorOf<T>::lanes;
-  for (int64_t c = 0; c < columns; c += n) {
+  for (int64_t c = 0; c < columns; c += n, from += n, to += n * to_step) {
     const int64_t count = least<int64_t>(n, columns - c);
-    T* const target = to + c * to_step;
-    if (rows == n && from + (n - 1) * row_step + c + n <= end) {
-      Vector<T> square[n];
-#pragma GCC unroll 16
-      for (int i = 0; i < n; ++i) square[i] = load_wide(from + i * row_step + c);
-      transpose<T>(square);
-#pragma GCC unroll 16
-      for (int i = 0; i < n; ++i) {
-        if (i < count) store(target + i * to_step, square[i]);
-      }
-      continue;
-    }
-    for (int64_t i = 0; i < count; ++i) {
-      for (int64_t lane = 0; lane < n; ++lane)
-        target[i * to_step + lane] = lane < rows ? widen(from[lane * row_step + c + i]) : T(0);
-    }
+    const bool square = rows == n && from + (n - 1) * row_step + n <= end;
+    if (square && count == n)
+      turn_square<S, n>(from, row_step, to, to_step);
+    else if (square && count == 9)
+      turn_square<S, 9>(from, row_step, to, to_step);
+    else if (square && count == 5)
+      turn_square<S, 5>(from, row_step, to, to_step);
+    else if (square && count == 3)
+      turn_square<S, 3>(from, row_step, to, to_step);
+    else
+      for (int64_t i = 0; i < count; ++i)
+        for (int64_t lane = 0; lane < n; ++lane)
+          to[i * to_step + lane] = lane < rows ? widen(from[lane * row_step + i]) : T(0);
   }
 }
 
@@ -404,9 +413,12 @@ struct Convolution {
       else
         for (int64_t g = 0; g < together; ++g)
           mix<T, 1>(experts, numbers, job.experts, coefficients + g * job.experts, packed + g * numbers);
+      // One after the other, the experts' next pieces.
+      const int64_t expert = i / kTogether;
+      Ahead ahead = following(expert < job.experts ? expert : 0, block, begin + count);
       for (int64_t g = 0; g < together; ++g)
         accumulate(inputs + (i + g) * plan.inputs, packed + g * numbers, begin, count,
-                   sums + (i + g) * plan.sums, nullptr);
+                   sums + (i + g) * plan.sums, expert < job.experts && !g ? &ahead : nullptr);
     }
   }
 
@@ -430,14 +442,14 @@ struct Convolution {
     }
   }
 
-  // The piece of weights after this one of the same sample.
-  Ahead following(int64_t sample, int64_t block, int64_t begin) const {
+  // The piece of weights that comes after the one before `begin`.
+  Ahead following(int64_t index, int64_t block, int64_t begin) const {
     const int64_t taps = job.taps;
     if (begin == job.from_channels) begin = 0, ++block;
-    if (block == plan.blocks) block = 0, ++sample;
-    if (sample == job.batch) return {nullptr, 0, 0, 0};
+    if (block == plan.blocks) block = 0, index += job.experts ? 0 : 1;
+    if (index == job.batch && !job.experts) return {nullptr, 0, 0, 0};
     const S* const kernel =
-        static_cast<const S*>(job.weight) + sample * job.to_channels * job.from_channels * taps;
+        static_cast<const S*>(job.weight) + index * job.to_channels * job.from_channels * taps;
     const int64_t channel = block * plan.width;
     const int64_t channels = least(plan.width, job.to_channels - channel);
     const int64_t count = least(plan.chunk, job.from_channels - begin);
@@ -553,8 +565,19 @@ struct Gradient {
     locate(job.axes, false, plan.rows, where);
   }
 
-  void task(int64_t index) {
-    if (job.experts) return mixed(index);
+  void tasks(int64_t begin, int64_t end) {
+    if (!job.experts) {
+      for (int64_t i = begin; i < end; ++i) own(i);
+      return;
+    }
+    for (int64_t first = 0; first < job.batch; first += plan.slice) {
+      const int64_t samples = least(plan.slice, job.batch - first);
+      hold(first, samples);
+      for (int64_t panel = begin; panel < end; ++panel) mixed(panel, first, samples);
+    }
+  }
+
+  void own(int64_t index) {
     const int64_t sample = index / plan.tasks_each, first = index % plan.tasks_each * plan.span;
     const int64_t last = least(first + plan.span, plan.panels);
     hold(sample, 1);
@@ -657,21 +680,17 @@ struct Gradient {
     }
   }
 
-  // A panel of all samples: the experts' share of it, and its share of the coefficients' gradient.
-  void mixed(int64_t panel) {
-    for (int64_t first = 0; first < job.batch; first += plan.slice) {
-      const int64_t samples = least(plan.slice, job.batch - first);
-      hold(first, samples);
-      for (int64_t i = 0; i < samples; ++i)
-        lay_columns(first + i, panel, panel + 1, columns + i * plan.column);
-      T* const part_of = static_cast<T*>(job.coefficient_gradient) +
-                         (panel * job.batch + first) * job.experts;
-      for (int64_t i = 0; i < samples * job.experts; ++i) part_of[i] = 0;
-      for (int64_t tile = 0; tile < plan.tiles; ++tile) {
-        const int64_t row = part(job.out_channels, plan.tiles, tile);
-        const int64_t rows = part(job.out_channels, plan.tiles, tile + 1) - row;
-        mixed_tile(panel, first, samples, row, rows, part_of);
-      }
+  // A panel of a slice of samples: the experts' gradient there, and the coefficients' share.
+  void mixed(int64_t panel, int64_t first, int64_t samples) {
+    for (int64_t i = 0; i < samples; ++i)
+      lay_columns(first + i, panel, panel + 1, columns + i * plan.column);
+    T* const part_of =
+        static_cast<T*>(job.coefficient_gradient) + (panel * job.batch + first) * job.experts;
+    for (int64_t i = 0; i < samples * job.experts; ++i) part_of[i] = 0;
+    for (int64_t tile = 0; tile < plan.tiles; ++tile) {
+      const int64_t row = part(job.out_channels, plan.tiles, tile);
+      const int64_t rows = part(job.out_channels, plan.tiles, tile + 1) - row;
+      mixed_tile(panel, first, samples, row, rows, part_of);
     }
   }
 
@@ -683,6 +702,7 @@ struct Gradient {
     const S* const given = static_cast<const S*>(job.coefficients) + first * job.experts;
     for (int64_t i = 0; i < samples; i += kTogether) {
       const int64_t together = least(kTogether, samples - i);
+      if (i / kTogether < job.experts) ask(i / kTogether, row + rows, panel);
       for (int64_t g = 0; g < together; ++g)
         product(gradients + (i + g) * each + row * plan.rows.positions, rows,
                 columns + (i + g) * plan.column, product_of + g * plan.tile, plan.width);
@@ -739,6 +759,19 @@ struct Gradient {
         for (int i = 0; i < n; ++i) part_of[g * job.experts + e] += sum[g][e][i];
   }
 
+  // Asks for an expert's tile from `row` on, and for the place of its gradient.
+  void ask(int64_t expert, int64_t row, int64_t panel) const {
+    const int64_t rows = least<int64_t>(kLong, job.out_channels - row);
+    const int64_t start = (expert * job.out_channels + row) * plan.pairs + panel * plan.width;
+    const S* const weights = static_cast<const S*>(job.weight) + start;
+    const T* const gradient = static_cast<const T*>(job.kernel_gradient) + start;
+    for (int64_t r = 0; r < rows; ++r)
+      for (int64_t i = 0; i < plan.width; i += 64 / sizeof(T)) {
+        __builtin_prefetch(weights + r * plan.pairs + i, 0, 2);
+        __builtin_prefetch(gradient + r * plan.pairs + i, 1, 2);
+      }
+  }
+
   // Brings the experts' tiles and their gradient so far in (`out` false), or the gradient out.
   void exchange(int64_t panel, int64_t row, int64_t rows, bool begun, T* weight, T* gradient, bool out) {
     const int64_t pair = panel * plan.width, count = least(plan.width, plan.pairs - pair);
@@ -783,7 +816,7 @@ void run(const ConvPerSample& job, int64_t begin, int64_t end, void* scratch) {
 template <class S>
 void run(const KernelGradient& job, int64_t begin, int64_t end, void* scratch) {
   Gradient<S> gradient(job, scratch);
-  for (int64_t i = begin; i < end; ++i) gradient.task(i);
+  gradient.tasks(begin, end);
 }
 
 template void run<float>(const ConvPerSample&, int64_t, int64_t, void*);
