@@ -145,6 +145,7 @@ void conv_mixture_weight(const Tensor grad, const Tensor input, const Tensor wei
   job.coefficients = coefficients.const_data_ptr();
   job.kernel_gradient = gradient.mutable_data_ptr();
   job.coefficient_gradient = parts.mutable_data_ptr();
+  ask_for_large_pages(gradient);
   run_all(job, input);
 }
 

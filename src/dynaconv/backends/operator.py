@@ -129,8 +129,12 @@ class Operator:
         needs = ctx.needs_input_grad[: 1 + self.count]
         with torch.enable_grad():
             # Views, for one tensor may have been computed from another: such a path is not ours.
-            saved = [
-                t if t is None else t.view_as(t) if t.requires_grad else t.detach().requires_grad_(n)
+            saved: list[Any] = [
+                t
+                if t is None
+                else t.view_as(t)
+                if t.requires_grad
+                else t.detach().requires_grad_(n)
                 for t, n in zip(ctx.saved_tensors, needs, strict=True)
             ]
             grad, *tensors = saved

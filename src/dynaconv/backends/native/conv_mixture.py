@@ -4,32 +4,22 @@ Neither mixed kernels nor their gradients go to memory. What library calls do as
 them, by the same rule as for conv_per_sample.
 """
 
-from math import prod
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from dynaconv.backends.eager.conv_mixture import formulation
 from dynaconv.backends.eager.conv_mixture import operator as eager
 from dynaconv.backends.native.conv_per_sample import kernels, serves
 from dynaconv.backends.operator import GEOMETRY, Operator, gradient_like, output_like
 from dynaconv.shapes import Geometry
 
 
-def _by_library(input: Tensor, weight: Tensor, output: tuple[int, ...], settings: Any) -> bool:
-    """Also where mixing the experts' outputs is cheaper."""
-    size = prod(output[2:])
-    if not input.numel() or not prod(output) or not serves(weight.shape[3:], size, settings):
-        return True
-    return formulation(weight, size, settings) == "outputs"
-
-
 def _forward(
     input: Tensor, weight: Tensor, coefficients: Tensor, bias: Tensor | None, *settings: Any
 ) -> Tensor:
     shape = eager.shape(input, weight, coefficients, bias, *settings)
-    if _by_library(input, weight, shape, settings):
+    if not serves(input, weight, shape, settings):
         return eager._forward(input, weight, coefficients, bias, *settings)
     output = output_like(input, shape)
     mixing = weight.contiguous(), coefficients.contiguous()
@@ -46,7 +36,7 @@ def _backward(
     *rest: Any,
 ) -> list[Tensor | None]:
     *settings, mask = rest
-    if _by_library(input, weight, tuple(grad.shape), settings):
+    if not serves(input, weight, grad.shape, settings):
         return eager._backward(grad, input, weight, coefficients, bias, *rest)
     gx = gw = gc = None
     mixing = weight.contiguous(), coefficients.contiguous()

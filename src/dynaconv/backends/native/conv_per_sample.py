@@ -1,8 +1,9 @@
 """conv_per_sample in C++: reads each sample's kernel once and writes its gradient once.
 
 Library calls lay every kernel out anew before they use it, which costs as much as the convolution
-where a kernel serves few positions. Where it serves many, they are as fast (POSITIONS, from
-`benchmarks/conv_per_sample.py`); groups and single taps are left to them as well.
+where a kernel serves few positions. Where it serves many they are as fast, and the layers there
+have few channels, too few for a tile: what has many positions a channel is left to them, and what
+has groups (`benchmarks/conv_per_sample.py`).
 """
 
 from collections.abc import Sequence
@@ -16,21 +17,24 @@ from dynaconv.backends.eager.conv_per_sample import operator as eager
 from dynaconv.backends.operator import GEOMETRY, Operator, gradient_like, output_like
 from dynaconv.shapes import Geometry
 
-# Positions up to which the kernels here are used.
-POSITIONS = 512
+# Positions a channel up to which the kernels here are used, for a single tap and for more.
+SINGLE, MORE = 0.5, 7
 # stride, padding and dilation as lists, then groups, as the operator gets them.
 Settings = Sequence[Any]
 kernels = torch.ops.dynaconv_native
 
 
-def serves(kernel: Sequence[int], positions: int, settings: Settings) -> bool:
-    """Whether the C++ kernels compute this; otherwise library calls do."""
-    return settings[3] == 1 and prod(kernel) > 1 and 0 < positions <= POSITIONS
+def serves(input: Tensor, weight: Tensor, output: Sequence[int], settings: Settings) -> bool:
+    """Whether the C++ kernels compute an output of this shape; otherwise library calls do."""
+    if settings[3] > 1 or not input.numel() or not prod(output):
+        return False
+    channels, taps = min(weight.shape[1:3]), prod(weight.shape[3:])
+    return prod(output[2:]) <= (SINGLE if taps == 1 else MORE) * channels
 
 
 def _forward(input: Tensor, weight: Tensor, bias: Tensor | None, *settings: Any) -> Tensor:
     shape = eager.shape(input, weight, bias, *settings)
-    if not input.numel() or not serves(weight.shape[3:], prod(shape[2:]), settings):
+    if not serves(input, weight, shape, settings):
         return eager._forward(input, weight, bias, *settings)
     output = output_like(input, shape)
     kernels.conv_per_sample(input, weight.contiguous(), None, bias, output, *settings[:3], False)
@@ -41,8 +45,7 @@ def _backward(
     grad: Tensor, input: Tensor, weight: Tensor, bias: Tensor | None, *rest: Any
 ) -> list[Tensor | None]:
     *settings, mask = rest
-    size = prod(grad.shape[2:])
-    if not grad.numel() or not input.numel() or not serves(weight.shape[3:], size, settings):
+    if not serves(input, weight, grad.shape, settings):
         return eager._backward(grad, input, weight, bias, *rest)
     gx = gw = None
     if mask[0]:
