@@ -101,8 +101,8 @@ KernelGradient gradient_job(const Tensor& grad, const Tensor& input, const Ints&
   return job;
 }
 
-// Asks for large pages under memory that is fresh from the system. All kernels' gradients are large,
-// and a fault for each small page costs more than computing what goes into it.
+// Asks for large pages under memory that is fresh from the system. All kernels' gradients are
+// large, and a fault for each small page costs more than computing what goes into it.
 void ask_for_large_pages(const Tensor& tensor) {
 #if defined(__linux__)
   constexpr uintptr_t page = 1 << 21;

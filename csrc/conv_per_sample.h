@@ -31,8 +31,9 @@ struct ConvPerSample {
   int64_t output_strides[5];
 };
 
-// The kernels' gradient, dW[n][m, c, k] = sum over p of grad[n, m, p] * input[n, c, at(p, k)], or of
-// mixed kernels: d weight[e] = sum_n coefficients[n, e] dW[n], d coefficients = <dW[n], weight[e]>.
+// The kernels' gradient dW[n][m, c, k] = sum over p of grad[n, m, p] * input[n, c, at(p, k)], or
+// where they are mixed: d weight[e] = sum over n of coefficients[n, e] dW[n], and
+// d coefficients[n, e] = <dW[n], weight[e]>.
 struct KernelGradient {
   int64_t batch, in_channels, out_channels, taps;
   int64_t experts;
@@ -57,7 +58,9 @@ struct Cut {
 DYNACONV_DECLARE(
     void cut(const ConvPerSample& job, int64_t number_bytes, Cut* answer);
     void cut(const KernelGradient& job, int64_t number_bytes, Cut* answer);
-    template <class T> void run(const ConvPerSample& job, int64_t begin, int64_t end, void* scratch);
-    template <class T> void run(const KernelGradient& job, int64_t begin, int64_t end, void* scratch);)
+    template <class T>
+    void run(const ConvPerSample& job, int64_t begin, int64_t end, void* scratch);
+    template <class T>
+    void run(const KernelGradient& job, int64_t begin, int64_t end, void* scratch);)
 
 }  // namespace dynaconv

@@ -40,10 +40,11 @@ struct IndexOf<double> {
 };
 
 // Lanes taken in turns from two vectors, from lane `start` of each.
+template <class T, int lane>
+constexpr int turns = lane / 2 + lane % 2 * VectorOf<T>::lanes;
 template <class T, int start, int left, int... index>
-struct Interleave : Interleave<T, start, left - 1,
-                               start + (left - 1) / 2 + (left - 1) % 2 * VectorOf<T>::lanes, index...> {
-};
+struct Interleave
+    : Interleave<T, start, left - 1, start + turns<T, left - 1>, index...> {};
 template <class T, int start, int... index>
 struct Interleave<T, start, 0, index...> {
   static DYNACONV_INLINE Vector<T> of(Vector<T> a, Vector<T> b) {
@@ -327,7 +328,8 @@ struct Plan {
   int64_t vectors, width, blocks, chunk, pieces, slice, slices;
   int64_t inputs, sums, piece, where;  // numbers: a sample's input, its sums, a piece; places
 
-  Plan(const ConvPerSample& job, int64_t lanes, int64_t bytes) : rows(rows_of(job.axes, job.transposed)) {
+  Plan(const ConvPerSample& job, int64_t lanes, int64_t bytes)
+      : rows(rows_of(job.axes, job.transposed)) {
     vectors = rows.width <= kShort && job.to_channels > 2 * lanes ? 4 : 2;
     width = vectors * lanes;
     blocks = up(job.to_channels, width);
@@ -335,7 +337,8 @@ struct Plan {
     pieces = up(job.from_channels, most_channels);
     chunk = up(job.from_channels, pieces);
     sums = rows.positions * width;
-    slice = job.experts ? least(least(most<int64_t>(kSums / (sums * bytes), 1), kSlice), job.batch) : 1;
+    const int64_t fit = most<int64_t>(kSums / (sums * bytes), 1);
+    slice = job.experts ? least(least(fit, kSlice), job.batch) : 1;
     slices = up(job.batch, slice);
     slice = up(job.batch, slices);
     inputs = up(job.from_channels * rows.plane, lanes) * lanes;
@@ -343,8 +346,9 @@ struct Plan {
     where = rows.count * job.taps;
   }
   int64_t scratch(const ConvPerSample& job, int64_t bytes) const {
-    const int64_t mixing = job.experts ? (job.experts + kTogether) * piece + kTogether * job.experts : piece;
-    return slice * (inputs + sums) + mixing + up((where + 2 * job.taps) * 8, bytes) + 64;
+    const int64_t weights = job.experts ? (job.experts + kTogether) * piece : piece;
+    const int64_t places = up((where + 2 * job.taps) * 8, bytes);
+    return slice * (inputs + sums) + weights + kTogether * job.experts + places + 64;
   }
 };
 
@@ -412,7 +416,8 @@ struct Convolution {
         mix<T, kTogether>(experts, numbers, job.experts, coefficients, packed);
       else
         for (int64_t g = 0; g < together; ++g)
-          mix<T, 1>(experts, numbers, job.experts, coefficients + g * job.experts, packed + g * numbers);
+          mix<T, 1>(experts, numbers, job.experts, coefficients + g * job.experts,
+                    packed + g * numbers);
       // One after the other, the experts' next pieces.
       const int64_t expert = i / kTogether;
       Ahead ahead = following(expert < job.experts ? expert : 0, block, begin + count);
@@ -455,13 +460,16 @@ struct Convolution {
     const int64_t count = least(plan.chunk, job.from_channels - begin);
     const int64_t rows = job.transposed ? count : channels, run = job.transposed ? channels : count;
     const int64_t step = taps * (job.transposed ? job.to_channels : job.from_channels);
-    const int64_t offset = job.transposed ? begin * step + channel * taps : channel * step + begin * taps;
+    const int64_t outer = job.transposed ? begin : channel;
+    const int64_t inner = job.transposed ? channel : begin;
+    const int64_t offset = outer * step + inner * taps;
     return {reinterpret_cast<const char*>(kernel + offset), rows, up(run * taps * sizeof(S), 64),
             step * static_cast<int64_t>(sizeof(S))};
   }
 
   // Adds what `count` channels from `begin` give to all positions of a sample.
-  void accumulate(const T* input, const T* weight, int64_t begin, int64_t count, T* sum, Ahead* ahead) {
+  void accumulate(const T* input, const T* weight, int64_t begin, int64_t count, T* sum,
+                  Ahead* ahead) {
     const int64_t longest = plan.vectors == 4 ? kShort : kLong;
     const int64_t tiles = up(plan.rows.width, longest) * plan.rows.count;
     const int64_t lines = ahead ? up(ahead->rows * ahead->lines, tiles * count) : 0;
@@ -475,9 +483,19 @@ struct Convolution {
       const int64_t parts = up(width, longest);
       for (int64_t i = 0; i < parts; ++i) {
         const int64_t start = part(width, parts, i), positions = part(width, parts, i + 1) - start;
-        multiply<T>({input + begin * plan.rows.plane + start, weight, plan.rows.plane,
-                     job.taps * plan.width, count, taps, used, sum, plan.width, begin == 0, ahead, lines},
-                    plan.vectors, positions);
+        const Tile<T> tile = {input + begin * plan.rows.plane + start,
+                              weight,
+                              plan.rows.plane,
+                              job.taps * plan.width,
+                              count,
+                              taps,
+                              used,
+                              sum,
+                              plan.width,
+                              begin == 0,
+                              ahead,
+                              lines};
+        multiply<T>(tile, plan.vectors, positions);
         sum += positions * plan.width;
       }
     }
@@ -487,7 +505,10 @@ struct Convolution {
     const int64_t* const steps = job.output_strides;
     const int64_t first = block * plan.width, channels = least(plan.width, job.to_channels - first);
     S* const output = static_cast<S*>(job.output) + sample * steps[0] + first * steps[1];
-    const S* const bias = static_cast<const S*>(job.bias);
+    const S* const bias =
+        job.bias ? static_cast<const S*>(job.bias) + sample * job.bias_strides[0] +
+                       first * job.bias_strides[1]
+                 : nullptr;
     const bool channels_inside = steps[1] == 1;
     // Channels last: all channels at once; otherwise each channel over all positions.
     const int64_t stride = channels_inside ? channels : 1;
@@ -498,12 +519,10 @@ struct Convolution {
         const int64_t width = width_of(job.axes[2], plan.rows, phase);
         const int64_t z = line / job.axes[1].to, y = line % job.axes[1].to;
         S* to = output + c * steps[1] + z * steps[2] + y * steps[3] + phase * steps[4];
-        for (int64_t i = 0; i < width; ++i, from += plan.width, to += plan.rows.out_phases * steps[4])
-          for (int64_t k = 0; k < stride; ++k) {
-            const int64_t channel = first + c + k;
-            const T b = bias ? widen(bias[sample * job.bias_strides[0] + channel * job.bias_strides[1]]) : T(0);
-            to[k] = narrow<S>(bias ? from[k] + b : from[k]);
-          }
+        const int64_t step = plan.rows.out_phases * steps[4];
+        for (int64_t i = 0; i < width; ++i, from += plan.width, to += step)
+          for (int64_t k = 0; k < stride; ++k)
+            to[k] = narrow<S>(from[k] + (bias ? widen(bias[(c + k) * job.bias_strides[1]]) : T(0)));
       }
     }
   }
@@ -511,14 +530,15 @@ struct Convolution {
 
 // The kernels' gradient ---------------------------------------------------------------------------
 
-// Panels of `width` (channel, tap) pairs; a task has `span` of them, of one sample or, where kernels
-// are mixed, of all samples, a slice at a time; tiles of at most kLong output channels.
+// Panels of `width` (channel, tap) pairs; a task has `span` of them, of one sample or, where
+// kernels are mixed, of all samples, a slice at a time; tiles of at most kLong output channels.
 struct GradientPlan {
   Rows rows;
   int64_t width, pairs, panels, span, tasks_each, tiles, slice;
   int64_t inputs, column, columns, gradients, tile;  // numbers
 
-  GradientPlan(const KernelGradient& job, int64_t lanes, int64_t bytes) : rows(rows_of(job.axes, false)) {
+  GradientPlan(const KernelGradient& job, int64_t lanes, int64_t bytes)
+      : rows(rows_of(job.axes, false)) {
     width = 2 * lanes;
     pairs = job.in_channels * job.taps;
     panels = up(pairs, width);
@@ -534,13 +554,14 @@ struct GradientPlan {
     gradients = slice * up(rows.positions * job.out_channels, lanes) * lanes;
     tile = kLong * width;
   }
-  int64_t tasks(const KernelGradient& job) const { return job.experts ? tasks_each : job.batch * tasks_each; }
+  int64_t tasks(const KernelGradient& job) const {
+    return job.experts ? tasks_each : job.batch * tasks_each;
+  }
   int64_t scratch(const KernelGradient& job, int64_t bytes, int64_t lanes) const {
     const int64_t zeros = rows.length + 2 * lanes;
-    const int64_t mixing = job.experts ? (2 * job.experts + kTogether) * tile : tile;
-    const int64_t kinds = kTogether * job.experts;
-    return inputs + columns + gradients + mixing + zeros + kinds * (1 + lanes) + 64 +
-           up(rows.count * job.taps * 8, bytes);
+    const int64_t tiles = job.experts ? (2 * job.experts + kTogether) * tile : tile;
+    const int64_t places = up(rows.count * job.taps * 8, bytes);
+    return inputs + columns + gradients + tiles + zeros + places + 64;
   }
 };
 
@@ -589,7 +610,8 @@ struct Gradient {
       for (int64_t panel = first; panel < last; ++panel) {
         const int64_t pair = panel * plan.width, count = least(plan.width, plan.pairs - pair);
         const T* const column = columns + (panel - first) * plan.column;
-        put(gradients + row * plan.rows.positions, rows, column, count, to + row * plan.pairs + pair);
+        put(gradients + row * plan.rows.positions, rows, column, count,
+            to + row * plan.pairs + pair);
       }
     }
   }
@@ -597,29 +619,24 @@ struct Gradient {
   // One tile's product over all positions into `sum`.
   void product(const T* gradient, int64_t rows, const T* column, T* sum, int64_t step) {
     const Tap once = {0, 0};
-    multiply<T>({gradient, column, rows, plan.width, plan.rows.positions, &once, 1, sum, step, true},
-                2, rows);
+    const int64_t steps = plan.rows.positions;
+    multiply<T>({gradient, column, rows, plan.width, steps, &once, 1, sum, step, true}, 2, rows);
   }
 
-  // ... into rows of the kernels' gradient.
-  void put(const T* gradient, int64_t rows, const T* column, int64_t count, float* to) {
-    put_numbers(gradient, rows, column, count, to);
-  }
-  void put(const T* gradient, int64_t rows, const T* column, int64_t count, double* to) {
-    put_numbers(gradient, rows, column, count, to);
+  // ... into rows of the kernels' gradient: straight there, or what of it is real by way of a tile.
+  void put(const T* gradient, int64_t rows, const T* column, int64_t count, T* to) {
+    if (count == plan.width) return product(gradient, rows, column, to, plan.pairs);
+    put_narrow(gradient, rows, column, count, to);
   }
   void put(const T* gradient, int64_t rows, const T* column, int64_t count, bfloat16* to) {
-    put_tile(gradient, rows, column, count, to);
-  }
-  void put_numbers(const T* gradient, int64_t rows, const T* column, int64_t count, T* to) {
-    if (count == plan.width) return product(gradient, rows, column, to, plan.pairs);
-    put_tile(gradient, rows, column, count, to);
+    put_narrow(gradient, rows, column, count, to);
   }
   template <class To>
-  void put_tile(const T* gradient, int64_t rows, const T* column, int64_t count, To* to) {
+  void put_narrow(const T* gradient, int64_t rows, const T* column, int64_t count, To* to) {
     product(gradient, rows, column, tiles, plan.width);
     for (int64_t r = 0; r < rows; ++r)
-      for (int64_t i = 0; i < count; ++i) to[r * plan.pairs + i] = narrow<To>(tiles[r * plan.width + i]);
+      for (int64_t i = 0; i < count; ++i)
+        to[r * plan.pairs + i] = narrow<To>(tiles[r * plan.width + i]);
   }
 
   // The output's gradient as tiles of channels: to[tile][position][channel].
@@ -694,7 +711,8 @@ struct Gradient {
     }
   }
 
-  void mixed_tile(int64_t panel, int64_t first, int64_t samples, int64_t row, int64_t rows, T* part_of) {
+  void mixed_tile(int64_t panel, int64_t first, int64_t samples, int64_t row, int64_t rows,
+                  T* part_of) {
     const int64_t numbers = rows * plan.width, each = plan.gradients / plan.slice;
     T *const weight = tiles, *const gradient = tiles + job.experts * plan.tile;
     T* const product_of = gradient + job.experts * plan.tile;
@@ -773,7 +791,8 @@ struct Gradient {
   }
 
   // Brings the experts' tiles and their gradient so far in (`out` false), or the gradient out.
-  void exchange(int64_t panel, int64_t row, int64_t rows, bool begun, T* weight, T* gradient, bool out) {
+  void exchange(int64_t panel, int64_t row, int64_t rows, bool begun, T* weight, T* gradient,
+                bool out) {
     const int64_t pair = panel * plan.width, count = least(plan.width, plan.pairs - pair);
     const S* const weights = static_cast<const S*>(job.weight);
     T* const total = static_cast<T*>(job.kernel_gradient);

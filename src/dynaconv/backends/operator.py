@@ -128,13 +128,10 @@ class Operator:
         *settings, mask = ctx.settings
         needs = ctx.needs_input_grad[: 1 + self.count]
         with torch.enable_grad():
-            # Views, for one tensor may have been computed from another: such a path is not ours.
+            # A view, for one tensor may have been computed from another: that path is not ours.
+            leaf = lambda t, n: t.view_as(t) if t.requires_grad else t.detach().requires_grad_(n)
             saved: list[Any] = [
-                t
-                if t is None
-                else t.view_as(t)
-                if t.requires_grad
-                else t.detach().requires_grad_(n)
+                t if t is None else leaf(t, n)
                 for t, n in zip(ctx.saved_tensors, needs, strict=True)
             ]
             grad, *tensors = saved
