@@ -129,8 +129,10 @@ class Operator:
         *settings, mask = ctx.settings
         needs = ctx.needs_input_grad[: 1 + self.count]
         with torch.enable_grad():
-            saved = [
-                t if t is None or t.requires_grad else t.detach().requires_grad_(n)
+            # A view, for one tensor may have been computed from another: that path is not ours.
+            leaf = lambda t, n: t.view_as(t) if t.requires_grad else t.detach().requires_grad_(n)
+            saved: list[Any] = [
+                t if t is None else leaf(t, n)
                 for t, n in zip(ctx.saved_tensors, needs, strict=True)
             ]
             grad, *tensors = saved

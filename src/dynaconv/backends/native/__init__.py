@@ -8,7 +8,9 @@ from collections.abc import Callable
 import torch
 
 from dynaconv.backends.native import library
+from dynaconv.backends.native.conv_mixture import conv_mixture
 from dynaconv.backends.native.conv_per_position import conv_per_position
+from dynaconv.backends.native.conv_per_sample import conv_per_sample
 from dynaconv.dispatch import Backend, Problem, register_backend
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16)
@@ -29,5 +31,9 @@ def supports(problem: Problem) -> str | None:
     return library.MISSING
 
 
-FUNCTIONS: tuple[Callable, ...] = (conv_per_position,)
+FUNCTIONS: tuple[Callable, ...] = (
+    conv_per_position,
+    conv_per_sample,
+    conv_mixture,
+)
 register_backend(Backend("native", supports, {f.__name__: f for f in FUNCTIONS}))

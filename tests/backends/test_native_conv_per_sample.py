@@ -1,0 +1,312 @@
+"""conv_per_sample and conv_mixture in C++ against the reference: every way a call is cut up."""
+
+import importlib
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import dynaconv
+from dynaconv import functional
+from dynaconv.backends.native import library
+from dynaconv.testing import TOLERANCE, check_primitive, close, samples
+
+pytestmark = pytest.mark.skipif(library.MISSING is not None, reason=str(library.MISSING))
+PRIMITIVES = ["conv_per_sample", "conv_mixture"]
+every_primitive = pytest.mark.parametrize("primitive", PRIMITIVES)
+every_rank = pytest.mark.parametrize("rank", [1, 2, 3])
+native = {p: importlib.import_module(f"dynaconv.backends.native.{p}") for p in PRIMITIVES}
+FORMATS = {4: torch.channels_last, 5: torch.channels_last_3d}
+
+
+def channels_last(t):
+    return t.contiguous(memory_format=FORMATS[t.dim()]) if t.dim() in FORMATS else t
+
+
+LAYOUTS = {
+    "channels_last": channels_last,
+    "transposed": lambda t: t.transpose(0, -1).contiguous().transpose(0, -1),
+    "offset": lambda t: torch.cat([t, t])[len(t) :],
+    "strided": lambda t: torch.stack([t, t], -1)[..., 1],
+}
+
+
+def always(monkeypatch):
+    """Whatever the rule would take, and on few channels too, the C++ kernels compute it."""
+    for name in ("SINGLE", "MORE"):
+        monkeypatch.setattr(native["conv_per_sample"], name, 10**9)
+
+
+@pytest.fixture(autouse=True)
+def _always(monkeypatch):
+    always(monkeypatch)
+
+
+@pytest.fixture
+def no_library_calls(monkeypatch):
+    """Fails where the eager operators compute anything."""
+
+    def refuse(*args):
+        raise AssertionError("left to library calls")
+
+    for module in native.values():
+        monkeypatch.setattr(module.eager, "_forward", refuse)
+        monkeypatch.setattr(module.eager, "_backward", refuse)
+
+
+def call_of(primitive, batch, channels, outs, size, kernel, experts=3, dtype=torch.float64, **rest):
+    """A fresh random call: tensors by name, and settings."""
+    kernels = batch if primitive == "conv_per_sample" else experts
+    tensors = {
+        "input": torch.randn(batch, channels, *size),
+        "weight": torch.randn(kernels, outs, channels, *kernel),
+        "bias": torch.randn(kernels, outs),
+    }
+    if primitive == "conv_mixture":
+        tensors["coefficients"] = torch.randn(batch, experts)
+    return {name: t.to(dtype) for name, t in tensors.items()}, rest
+
+
+def run(name, primitive, tensors, settings, dtype):
+    """The output and the gradient of every tensor, by name."""
+    leaves = {k: t.detach().to(dtype).requires_grad_() for k, t in tensors.items()}
+    with dynaconv.backend(name):
+        output = getattr(functional, primitive)(**leaves, **settings)
+    wave = torch.arange(output.numel(), dtype=torch.float64).cos()
+    upstream = ((16 * wave).round() / 16).to(dtype).reshape(output.shape)
+    gradients = torch.autograd.grad(output, list(leaves.values()), upstream)
+    return {"output": output.detach()} | dict(zip(leaves, gradients, strict=True))
+
+
+def check(primitive, *args, **kwargs):
+    tensors, settings = call_of(primitive, *args, **kwargs)
+    dtype = tensors["input"].dtype
+    expected = run("reference", primitive, tensors, settings, torch.float64)
+    for what, value in run("native", primitive, tensors, settings, dtype).items():
+        label = f"{primitive} {args} {settings}: {what}"
+        close(value, expected[what], label, TOLERANCE[dtype])
+
+
+@every_primitive
+@every_rank
+def test_equals_the_reference(primitive, rank, poisoned):
+    assert check_primitive(primitive, "native", ranks=(rank,)) == 42
+
+
+@every_primitive
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_other_dtypes(primitive, dtype, poisoned):
+    check_primitive(primitive, "native", dtype, batches=(3,))
+    check_primitive(primitive, "native", dtype, batches=(2,), change=channels_last)
+
+
+@every_primitive
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_layouts(primitive, layout, poisoned):
+    check_primitive(primitive, "native", batches=(1, 2), change=LAYOUTS[layout])
+
+
+@pytest.mark.parametrize("name", ["portable", "avx2"])
+def test_each_instruction_set(name):
+    code = (
+        "import sys; sys.path.insert(0, sys.argv[1]); import test_native_conv_per_sample as t; "
+        "t.run_on_one_instruction_set(sys.argv[2])"
+    )
+    environment = os.environ | {"DYNACONV_ISA": name}
+    command = [sys.executable, "-c", code, os.path.dirname(__file__), name]
+    result = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+
+
+def run_on_one_instruction_set(name):
+    assert library.instruction_set() in ("portable", name)  # a CPU may have no AVX2
+    always(pytest.MonkeyPatch())
+    torch.manual_seed(0)
+    for primitive in PRIMITIVES:
+        for dtype in (torch.float32, torch.float64, torch.bfloat16):
+            check_primitive(primitive, "native", dtype, batches=(2,))
+        for dtype in (torch.float32, torch.float64):
+            check_edges(primitive, dtype)
+
+
+def check_edges(primitive, dtype):
+    """One more and one less than vectors, tiles, blocks and groups of samples hold."""
+    for width in range(1, 32):
+        check(primitive, 2, 3, 5, (width,), (3,), padding=1, dtype=dtype)
+    for channels in (1, 4, 7, 8, 9, 13, 14, 15, 16, 17, 28, 29, 31, 32, 33, 63, 64, 65, 130):
+        check(primitive, 2, 3, channels, (5,), (3,), padding=1, dtype=dtype)
+        check(primitive, 1, channels, 6, (3, 4), (3, 2), padding=1, dtype=dtype)
+    for batch in (1, 3, 4, 5, 9, 31, 32, 33, 70):
+        check(primitive, batch, 3, 17, (4,), (2,), dtype=dtype)
+
+
+@every_primitive
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_edges(primitive, dtype, poisoned, no_library_calls):
+    check_edges(primitive, dtype)
+
+
+CASES = [
+    (2, 150, 40, (7, 7), (3, 3), {"padding": 1}),  # channels read in pieces
+    (2, 40, 150, (14, 14), (3, 3), {"padding": 1}),
+    (2, 90, 5, (500,), (5,), {"padding": 2}),  # the kernels' gradient in parts
+    (40, 20, 70, (14, 14), (3, 3), {"padding": 1}),  # more samples than mix together
+    (3, 20, 20, (9, 10), (5, 5), {"padding": 2}),
+    (3, 20, 20, (33,), (5,), {"padding": 2}),
+    (2, 20, 20, (4, 5, 6), (3, 3, 3), {"padding": 1}),
+    (2, 5, 20, (3, 4, 5), (5, 3, 5), {"padding": 2}),
+    (2, 20, 20, (15, 13), (3, 3), {"stride": 2, "padding": 1}),
+    (2, 20, 20, (15, 16), (3, 5), {"stride": (3, 4), "padding": (2, 4), "dilation": (2, 3)}),
+    (2, 20, 20, (30,), (4,), {"stride": 5, "padding": 1}),  # gaps that no tap sees
+    (2, 3, 4, (2, 2), (2, 2), {"stride": 7, "padding": 9}),  # most windows see only zeros
+    (2, 3, 4, (3,), (3,), {"padding": 40, "dilation": 30}),
+    (2, 1, 1, (1, 1, 1), (3, 3, 3), {"padding": 1}),
+]
+
+
+@every_primitive
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_ways_to_cut(primitive, case, poisoned, no_library_calls):
+    *sizes, settings = case
+    for dtype in (torch.float64, torch.float32, torch.bfloat16):
+        for experts in (1, 2, 5):
+            check(primitive, *sizes, experts=experts, dtype=dtype, **settings)
+
+
+@st.composite
+def random_calls(draw):
+    rank = draw(st.integers(1, 3))
+    each = lambda low, high: tuple(draw(st.integers(low, high)) for _ in range(rank))
+    kernel, dilation, padding = each(1, 5), each(1, 3), each(0, 4)
+    fits = zip(kernel, dilation, padding, each(0, 12 // rank), strict=True)
+    size = tuple(max(1, d * (k - 1) + 1 - 2 * p) + extra for k, d, p, extra in fits)
+    settings = {"stride": each(1, 4), "padding": padding, "dilation": dilation}
+    sizes = draw(st.integers(1, 6)), draw(st.integers(1, 20)), draw(st.integers(1, 40))
+    return sizes, size, kernel, settings
+
+
+@every_primitive
+@settings(max_examples=60, deadline=None)
+@given(call=random_calls(), experts=st.integers(1, 6))
+def test_random_shapes(primitive, call, experts):
+    sizes, size, kernel, geometry = call
+    check(primitive, *sizes, size, kernel, experts=experts, **geometry)
+
+
+@every_primitive
+def test_the_rule(primitive, monkeypatch):
+    """Many positions a channel, and groups, are left to library calls."""
+    monkeypatch.undo()
+    serves = native[primitive].serves
+    rule = lambda channels, size, kernel, groups=1: serves(
+        torch.empty(2, channels, *size),
+        torch.empty(2, 2 * channels, channels, *kernel),
+        (2, 2 * channels, *size),
+        ([1, 1], [1, 1], [1, 1], groups),
+    )
+    assert rule(512, (7, 7), (3, 3))
+    assert rule(128, (28, 28), (3, 3))
+    assert not rule(64, (56, 56), (3, 3))
+    assert not rule(512, (7, 7), (3, 3), groups=2)
+    assert rule(512, (7, 7), (1, 1))
+    assert not rule(256, (14, 14), (1, 1))
+    assert not rule(512, (0, 7), (3, 3))
+
+
+def small(primitive, rank):
+    """One small call, as a function of its tensors."""
+    tensors, settings = list(samples(primitive, rank, batches=(2,)))[2]
+    names = list(tensors)
+    call = lambda *ts: getattr(functional, primitive)(
+        **dict(zip(names, ts, strict=True)), **settings
+    )
+    return call, [t.requires_grad_() for t in tensors.values()]
+
+
+@every_primitive
+@every_rank
+def test_gradcheck(primitive, rank, no_library_calls):
+    call, tensors = small(primitive, rank)
+    assert torch.autograd.gradcheck(call, tensors, fast_mode=rank == 3)
+    assert torch.autograd.gradgradcheck(call, tensors, fast_mode=True)
+
+
+@every_primitive
+@pytest.mark.parametrize("bias", [True, False])
+def test_opcheck(primitive, bias):
+    tensors, settings = call_of(primitive, 2, 3, 4, (5, 6), (3, 2), stride=2, padding=1)
+    if not bias:
+        del tensors["bias"]
+    prepare = importlib.import_module(f"dynaconv.functional.{primitive}").prepare
+    _, (*given, geometry, groups) = prepare(**tensors, **settings)
+    if primitive == "conv_mixture" and bias:
+        given[3] = given[2] @ given[3]
+    given = [t if t is None else t.detach().requires_grad_() for t in given]
+    operator = native[primitive].operator
+    torch.library.opcheck(operator.forward, (*given, *map(list, geometry[1:]), groups))
+
+
+@every_primitive
+def test_vmap(primitive):
+    call, tensors = small(primitive, 2)
+    stacked = [torch.stack([t, 2 * t, t - 1]).detach() for t in tensors]
+    output = torch.func.vmap(call)(*stacked)
+    each = torch.stack([call(*ts) for ts in zip(*stacked, strict=True)])
+    torch.testing.assert_close(output, each)
+
+
+@every_primitive
+def test_same_result_each_time_and_with_each_number_of_threads(primitive):
+    call = call_of(primitive, 6, 40, 70, (7, 9), (3, 3), padding=1, dtype=torch.float32)
+    threads = torch.get_num_threads()
+    try:
+        results = []
+        for count in (1, 2, 3, 3):
+            torch.set_num_threads(count)
+            results.append(run("native", primitive, *call, torch.float32))
+    finally:
+        torch.set_num_threads(threads)
+    for result in results[1:]:
+        for what, value in result.items():
+            if what != "bias" and not (primitive == "conv_mixture" and what == "coefficients"):
+                assert torch.equal(value, results[0][what]), what
+
+
+@every_primitive
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_what_is_not_finite_spreads_as_in_the_formula(primitive, value, no_library_calls):
+    for place in ((0, 1, 0, 0), (1, 2, 3, 2), (1, 0, 5, 4)):
+        tensors, settings = call_of(primitive, 2, 3, 20, (6, 5), (3, 3), padding=1)
+        tensors["input"][place] = value
+        expected = run("reference", primitive, tensors, settings, torch.float64)
+        for what, actual in run("native", primitive, tensors, settings, torch.float64).items():
+            assert torch.equal(actual.isfinite(), expected[what].isfinite()), what
+
+
+@every_primitive
+@every_rank
+def test_layout_stays(primitive, rank):
+    tensors, settings = call_of(primitive, 2, 6, 8, (6,) * rank, (3,) * rank, padding=1)
+    tensors["input"] = channels_last(tensors["input"]).requires_grad_()
+    output = getattr(functional, primitive)(**tensors, **settings)
+    (gradient,) = torch.autograd.grad(output.sum(), tensors["input"])
+    format = FORMATS.get(rank + 2, torch.contiguous_format)
+    assert output.is_contiguous(memory_format=format)
+    assert gradient.is_contiguous(memory_format=format)
+
+
+@every_primitive
+def test_each_gradient_alone(primitive, no_library_calls, poisoned):
+    tensors, settings = call_of(primitive, 3, 6, 8, (6, 5), (3, 3), padding=1)
+    expected = run("reference", primitive, tensors, settings, torch.float64)
+    for name in tensors:
+        leaves = {k: t.detach().requires_grad_(k == name) for k, t in tensors.items()}
+        output = getattr(functional, primitive)(**leaves, **settings)
+        wave = torch.arange(output.numel(), dtype=torch.float64).cos()
+        upstream = ((16 * wave).round() / 16).reshape(output.shape)
+        (gradient,) = torch.autograd.grad(output, leaves[name], upstream)
+        close(gradient, expected[name], name)
