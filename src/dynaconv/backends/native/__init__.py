@@ -8,6 +8,7 @@ from collections.abc import Callable
 import torch
 
 from dynaconv.backends.native import library
+from dynaconv.backends.native.deform_conv import deform_conv
 from dynaconv.dispatch import Backend, Problem, register_backend
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16)
@@ -28,5 +29,5 @@ def supports(problem: Problem) -> str | None:
     return library.MISSING
 
 
-FUNCTIONS: tuple[Callable, ...] = ()
+FUNCTIONS: tuple[Callable, ...] = (deform_conv,)
 register_backend(Backend("native", supports, {f.__name__: f for f in FUNCTIONS}))
