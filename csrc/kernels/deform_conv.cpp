@@ -196,8 +196,9 @@ DYNACONV_INLINE void read_modulation(const Planes<const T>& modulation, const Ti
   const int64_t step = modulation.position;
   const T* from = modulation.data + tile.sample * modulation.sample +
                   group_tap * modulation.channel + tile.first * step;
-  for (int64_t p = 0; p < tile.count; ++p)
-    to[p] = modulation.data ? static_cast<C>(widen(from[p * step])) : 1;
+  for (int64_t p = 0; p < POINTS; ++p) to[p] = 1;
+  if (!modulation.data) return;
+  for (int64_t p = 0; p < tile.count; ++p) to[p] = widen(from[p * step]);
 }
 
 // Where some taps of some offset groups sample, and with which shares: for each offset group, tap
@@ -463,12 +464,12 @@ void slopes(const Call& call, const Tile<O>& tile, int64_t tap, int64_t group_ta
     C sums[D + 1][lanes] = {};
     for (int j = 0; j < corners; ++j)
       for (int i = 0; i < lanes; ++i) {
-        const C dot = dots[j * POINTS + p + i];
+        const C dot = dots[j * POINTS + p + i], modulated = dot * modulation[p + i];
         C whole = dot;
         for (int d = 0; d < D; ++d) {
           const int upper = j >> (D - 1 - d) & 1;
           whole *= share[d][upper][i];
-          C slope = dot;
+          C slope = modulated;
           for (int e = 0; e < D; ++e)
             if (e != d) slope *= share[e][j >> (D - 1 - e) & 1][i];
           if (!inside[d][upper][i]) slope = 0;
@@ -478,7 +479,7 @@ void slopes(const Call& call, const Tile<O>& tile, int64_t tap, int64_t group_ta
       }
     for (int d = 0; d <= D; ++d)
       for (int i = 0; i < lanes && p + i < tile.count; ++i)
-        gradients[d * POINTS + p + i] = d < D ? sums[d][i] * modulation[p + i] : sums[d][i];
+        gradients[d * POINTS + p + i] = sums[d][i];
   }
 }
 
