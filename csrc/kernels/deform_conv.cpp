@@ -1,6 +1,7 @@
 #include "deform_conv.h"
 
 #include "gemm.h"
+#include "wide.h"
 
 namespace dynaconv {
 namespace DYNACONV_ISA {
@@ -11,74 +12,6 @@ constexpr int64_t POINTS = DEFORM_POINTS, ROW = DEFORM_ROW;
 DYNACONV_INLINE int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 DYNACONV_INLINE int64_t padded(int64_t columns) {
   return ceil_div(columns, DEFORM_PAD) * DEFORM_PAD;
-}
-
-// W numbers side by side; one is a plain number.
-template <class T, int W>
-struct Wide {
-  typedef T type __attribute__((vector_size(W * sizeof(T))));
-};
-template <class T>
-struct Wide<T, 1> {
-  typedef T type;
-};
-
-template <int W, class T>
-DYNACONV_INLINE typename Wide<T, W>::type get(const T* from) {
-  typename Wide<T, W>::type v;
-  memcpy(&v, from, sizeof v);
-  return v;
-}
-
-template <int W, class T>
-DYNACONV_INLINE void put(T* to, typename Wide<T, W>::type v) {
-  memcpy(to, &v, sizeof v);
-}
-
-template <class T, int W>
-DYNACONV_INLINE T sum_of(typename Wide<T, W>::type v) {
-  if constexpr (W == 1) {
-    return v;
-  } else {
-    typename Wide<T, W / 2>::type halves[2];
-    memcpy(halves, &v, sizeof v);
-    return sum_of<T, W / 2>(halves[0] + halves[1]);
-  }
-}
-
-// f<W>(i) over [0, count): whole vectors, then ever narrower ones, never beyond the end.
-template <class T, class F>
-DYNACONV_INLINE void for_vectors(int64_t count, const F& f) {
-  constexpr int W = VectorOf<T>::lanes;
-  int64_t i = 0;
-  for (; i + W <= count; i += W) f.template operator()<W>(i);
-  if (i == count) return;
-  if constexpr (W > 8)
-    if (i + 8 <= count) f.template operator()<8>(i), i += 8;
-  if constexpr (W > 4)
-    if (i + 4 <= count) f.template operator()<4>(i), i += 4;
-  if constexpr (W > 2)
-    if (i + 2 <= count) f.template operator()<2>(i), i += 2;
-  if (i < count) f.template operator()<1>(i);
-}
-
-// to[j, i] = from[i, j], both with rows of their own step.
-template <class From, class To>
-void transpose(const From* from, int64_t from_row, To* to, int64_t to_row, int64_t rows,
-               int64_t columns) {
-  constexpr int64_t side = 16;
-  for (int64_t i0 = 0; i0 < rows; i0 += side)
-    for (int64_t j0 = 0; j0 < columns; j0 += side) {
-      const int64_t i1 = least(i0 + side, rows), j1 = least(j0 + side, columns);
-      for (int64_t j = j0; j < j1; ++j)
-        for (int64_t i = i0; i < i1; ++i)
-          to[j * to_row + i] = narrow<To>(widen(from[i * from_row + j]));
-    }
-}
-
-template <class From, class To>
-DYNACONV_INLINE void convert(const From* from, To* to, int64_t count) {
-  for (int64_t i = 0; i < count; ++i) to[i] = narrow<To>(widen(from[i]));
 }
 
 // Scratch handed out piece by piece, each at the start of a cache line.
@@ -260,11 +193,11 @@ struct Plan {
           part[j] *= axis.share[upper];
         }
       }
-      for (int j = 0; j < corners; ++j)
-        for (int i = 0; i < lanes; ++i) {
-          index[first + j * POINTS + p + i] = static_cast<int32_t>(at[j][i]);
-          share[first + j * POINTS + p + i] = static_cast<C>(part[j][i]);
-        }
+      for (int j = 0; j < corners; ++j) {
+        const int64_t to = first + j * POINTS + p;
+        put<lanes>(index + to, __builtin_convertvector(at[j], Wide<int32_t, lanes>));
+        put<lanes>(share + to, __builtin_convertvector(part[j], Wide<C, lanes>));
+      }
     }
   }
 };
@@ -396,7 +329,7 @@ void columns_gradient(const Call& call, int64_t sample, int64_t first, int64_t c
 }
 
 // From the gradient of the columns, what each corner's row gets of it, and the products with each
-// corner's row: dots[group, tap, corner, p] of all taps.
+// corner's row: dots[group, tap, p, corner] of all taps.
 template <int D, bool INPUT, bool DOTS, class C, class Call, class O>
 void spread(const Call& call, const Plan<D, C, O>& plan, const Tile<O>& tile, Range channels,
             const C* columns, C* dots, int64_t first_group) {
@@ -429,9 +362,8 @@ void spread(const Call& call, const Plan<D, C, O>& plan, const Tile<O>& tile, Ra
           }
         });
         if constexpr (DOTS) {
-          C* dot = dots + ((g - first_group) * shape.taps + t) * corners * POINTS + p;
-          for (int j = 0; j < corners; ++j)
-            dot[j * POINTS] += sum_of<C, lanes>(sums[j]) + rest[j];
+          C* dot = dots + (((g - first_group) * shape.taps + t) * POINTS + p) * corners;
+          add_sums<C, corners>(sums, rest, dot);
         }
       }
 }
@@ -444,7 +376,8 @@ void slopes(const Call& call, const Tile<O>& tile, int64_t tap, int64_t group_ta
   constexpr int corners = 1 << D, lanes = VectorOf<O>::lanes;
   const DeformShape& shape = call.shape;
   O shifts[D][POINTS];
-  C modulation[POINTS];
+  C modulation[POINTS], by_corner[corners * POINTS];
+  transpose(dots, corners, by_corner, POINTS, tile.count, corners);
   read_shifts<D>(call.offset, tile, group_tap, shifts);
   read_modulation(call.modulation, tile, group_tap, modulation);
   int64_t steps[3];
@@ -464,7 +397,7 @@ void slopes(const Call& call, const Tile<O>& tile, int64_t tap, int64_t group_ta
     C sums[D + 1][lanes] = {};
     for (int j = 0; j < corners; ++j)
       for (int i = 0; i < lanes; ++i) {
-        const C dot = dots[j * POINTS + p + i], modulated = dot * modulation[p + i];
+        const C dot = by_corner[j * POINTS + p + i], modulated = dot * modulation[p + i];
         C whole = dot;
         for (int d = 0; d < D; ++d) {
           const int upper = j >> (D - 1 - d) & 1;
