@@ -62,14 +62,25 @@ int64_t slice_of(int64_t channels, int64_t slices) {
   return std::min(channels, rounded_up(ceil_div(channels, slices), NARROW));
 }
 
+// Fills in `taps`, as equal chunks as can be and at least `chunks`.
+DeformCut with_taps(const DeformShape& shape, DeformCut cut, int64_t chunks) {
+  chunks = std::max(chunks, ceil_div(shape.taps, std::min(shape.taps, DEFORM_COLUMNS / cut.slice)));
+  cut.taps = ceil_div(shape.taps, std::min(chunks, shape.taps));
+  return cut;
+}
+
+// Channels of a slice with all taps, but not too few to be worth it.
+int64_t widest_slice(const DeformShape& shape, int64_t least) {
+  return std::max(least, DEFORM_COLUMNS / shape.taps / 16 * 16);
+}
+
 DeformCut cut_of(const DeformShape& shape, int64_t parts, int64_t ranges) {
-  const int64_t widest = std::max<int64_t>(64, DEFORM_COLUMNS / shape.taps / 16 * 16);
   DeformCut cut{};
   cut.tile = tile_of(shape.positions, parts);
-  cut.slice = slice_of(shape.channels, std::max(ranges, ceil_div(shape.channels, widest)));
-  cut.taps = std::min(shape.taps, DEFORM_COLUMNS / cut.slice);
+  cut.slice = slice_of(shape.channels,
+                       std::max(ranges, ceil_div(shape.channels, widest_slice(shape, 64))));
   cut.ranges = std::min(ranges, ceil_div(shape.channels, cut.slice));
-  return cut;
+  return with_taps(shape, cut, 1);
 }
 
 DeformCut forward_cut(const DeformShape& shape) {
@@ -84,16 +95,14 @@ DeformCut data_cut(const DeformShape& shape) {
 
 // All threads get as many chunks of slices and taps.
 DeformCut weight_cut(const DeformShape& shape) {
-  const int64_t widest = std::max<int64_t>(16, DEFORM_COLUMNS / shape.taps / 16 * 16);
+  const int64_t widest = widest_slice(shape, 32);
   const int64_t slices = rounded_up(ceil_div(shape.channels, widest), threads());
   DeformCut cut{};
   cut.tile = tile_of(shape.positions, 1);
-  cut.slice = std::min(widest, std::max<int64_t>(slice_of(shape.channels, slices), 16));
-  cut.slice = std::min(cut.slice, shape.channels);
-  const int64_t chunks = ceil_div(threads(), ceil_div(shape.channels, cut.slice));
-  cut.taps = std::min(ceil_div(shape.taps, chunks), DEFORM_COLUMNS / cut.slice);
+  cut.slice = std::clamp(slice_of(shape.channels, slices), std::min<int64_t>(32, shape.channels),
+                         widest);
   cut.ranges = 1;
-  return cut;
+  return with_taps(shape, cut, ceil_div(threads(), ceil_div(shape.channels, cut.slice)));
 }
 
 // Numbers of scratch: columns twice, sums of outputs, and the plan of a chunk.

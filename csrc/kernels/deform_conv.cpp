@@ -115,6 +115,12 @@ DYNACONV_INLINE void read_shifts(const Planes<const O>& offset, const Tile<O>& t
   }
 }
 
+// Whether corner j is the upper neighbour along dimension d.
+template <int D>
+DYNACONV_INLINE int upper(int j, int d) {
+  return j >> (D - 1 - d) & 1;
+}
+
 // How far each tap is from the first.
 DYNACONV_INLINE void tap_steps(const DeformShape& shape, int64_t tap, int64_t steps[3]) {
   for (int64_t d = shape.rank - 1; d >= 0; --d) {
@@ -187,10 +193,10 @@ struct Plan {
       for (int d = 0; d < D; ++d) {
         const Vector<O> start = load(of.start[d] + p) + static_cast<O>(steps[d]);
         const Axis<O> axis(load(shifts[d] + p) + start, shape.length[d]);
+#pragma GCC unroll 8
         for (int j = 0; j < corners; ++j) {
-          const int upper = j >> (D - 1 - d) & 1;
-          at[j] = at[j] * static_cast<Int>(shape.length[d]) + axis.index[upper];
-          part[j] *= axis.share[upper];
+          at[j] = at[j] * static_cast<Int>(shape.length[d]) + axis.index[upper<D>(j, d)];
+          part[j] *= axis.share[upper<D>(j, d)];
         }
       }
       for (int j = 0; j < corners; ++j) {
@@ -223,6 +229,7 @@ void sample(const DeformShape& shape, const Plan<D, C, O>& plan, const Tile<O>& 
                 channels.begin;
         for_vectors<C>(mine.count(), [&]<int W>(int64_t i) {
           auto sum = get<W>(from[0] + i) * share[0];
+#pragma GCC unroll 8
           for (int j = 1; j < corners; ++j) sum += get<W>(from[j] + i) * share[j];
           put<W>(to + i, sum * modulation);
         });
@@ -355,6 +362,7 @@ void spread(const Call& call, const Plan<D, C, O>& plan, const Tile<O>& tile, Ra
                         mine.begin - channels.begin;
         for_vectors<C>(mine.count(), [&]<int W>(int64_t i) {
           const auto value = get<W>(grad + i);
+#pragma GCC unroll 8
           for (int j = 0; j < corners; ++j) {
             if constexpr (INPUT) put<W>(to[j] + i, get<W>(to[j] + i) + value * share[j]);
             if constexpr (DOTS && W == lanes) sums[j] += value * get<W>(from[j] + i);
@@ -382,37 +390,36 @@ void slopes(const Call& call, const Tile<O>& tile, int64_t tap, int64_t group_ta
   read_modulation(call.modulation, tile, group_tap, modulation);
   int64_t steps[3];
   tap_steps(shape, tap, steps);
+  typedef Wide<C, lanes> V;
   for (int64_t p = 0; p < tile.count; p += lanes) {
-    C share[D][2][lanes];
-    bool inside[D][2][lanes];
+    V share[D][2], sums[D + 1] = {};
+    decltype(V{} != V{}) outside[D][2];
     for (int d = 0; d < D; ++d) {
       const Vector<O> start = load(tile.start[d] + p) + static_cast<O>(steps[d]);
       const Axis<O> axis(load(shifts[d] + p) + start, shape.length[d]);
-      for (int u = 0; u < 2; ++u)
-        for (int i = 0; i < lanes; ++i) {
-          share[d][u][i] = static_cast<C>(axis.share[u][i]);
-          inside[d][u][i] = !axis.outside[u][i];
-        }
-    }
-    C sums[D + 1][lanes] = {};
-    for (int j = 0; j < corners; ++j)
-      for (int i = 0; i < lanes; ++i) {
-        const C dot = by_corner[j * POINTS + p + i], modulated = dot * modulation[p + i];
-        C whole = dot;
-        for (int d = 0; d < D; ++d) {
-          const int upper = j >> (D - 1 - d) & 1;
-          whole *= share[d][upper][i];
-          C slope = modulated;
-          for (int e = 0; e < D; ++e)
-            if (e != d) slope *= share[e][j >> (D - 1 - e) & 1][i];
-          if (!inside[d][upper][i]) slope = 0;
-          sums[d][i] += upper ? slope : -slope;
-        }
-        sums[D][i] += whole;
+      for (int u = 0; u < 2; ++u) {
+        share[d][u] = __builtin_convertvector(axis.share[u], V);
+        outside[d][u] = __builtin_convertvector(axis.outside[u], decltype(V{} != V{}));
       }
-    for (int d = 0; d <= D; ++d)
-      for (int i = 0; i < lanes && p + i < tile.count; ++i)
-        gradients[d * POINTS + p + i] = sums[d][i];
+    }
+    const V factor = get<lanes>(modulation + p);
+#pragma GCC unroll 8
+    for (int j = 0; j < corners; ++j) {
+      const V dot = get<lanes>(by_corner + j * POINTS + p);
+      V whole = dot;
+#pragma GCC unroll 3
+      for (int d = 0; d < D; ++d) {
+        whole *= share[d][upper<D>(j, d)];
+        V slope = dot * factor;
+#pragma GCC unroll 3
+        for (int e = 0; e < D; ++e)
+          if (e != d) slope *= share[e][upper<D>(j, e)];
+        slope = outside[d][upper<D>(j, d)] ? V{} : slope;
+        sums[d] = upper<D>(j, d) ? sums[d] + slope : sums[d] - slope;
+      }
+      sums[D] += whole;
+    }
+    for (int d = 0; d <= D; ++d) put<lanes>(gradients + d * POINTS + p, sums[d]);
   }
 }
 
