@@ -7,7 +7,7 @@ namespace dynaconv {
 namespace DYNACONV_ISA {
 namespace {
 
-constexpr int64_t POINTS = DEFORM_POINTS, ROW = DEFORM_ROW;
+constexpr int64_t POINTS = DEFORM_POINTS, BLOCKROWS = 14, ROW = DEFORM_ROW;
 
 DYNACONV_INLINE int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 DYNACONV_INLINE int64_t padded(int64_t columns) {
@@ -208,13 +208,14 @@ struct Plan {
   }
 };
 
-// What the taps of a plan see of some channels: columns[p, tap, channel].
+// What the taps of a plan see of some channels at some points of the tile:
+// columns[point, tap, channel].
 template <int D, class C, class O>
 void sample(const DeformShape& shape, const Plan<D, C, O>& plan, const Tile<O>& tile,
-            const Rows<const C>& input, Range channels, C* columns) {
+            const Rows<const C>& input, Range points, Range channels, C* columns) {
   constexpr int corners = 1 << D;
   const C* rows = input.data + tile.sample * input.sample;
-  for (int64_t p = 0; p < tile.count; ++p)
+  for (int64_t p = points.begin; p < points.end; ++p)
     for (int64_t t = plan.taps.begin; t < plan.taps.end; ++t)
       for (int64_t g = plan.groups.begin; g < plan.groups.end; ++g) {
         const Range mine = shared(channels, g, shape.offset_channels);
@@ -225,8 +226,8 @@ void sample(const DeformShape& shape, const Plan<D, C, O>& plan, const Tile<O>& 
           from[j] = rows + plan.index[(at * corners) + j * POINTS + p] * input.row + mine.begin;
           share[j] = plan.share[(at * corners) + j * POINTS + p];
         }
-        C* to = columns + p * ROW + (t - plan.taps.begin) * channels.count() + mine.begin -
-                channels.begin;
+        C* to = columns + (p - points.begin) * ROW +
+                (t - plan.taps.begin) * channels.count() + mine.begin - channels.begin;
         for_vectors<C>(mine.count(), [&]<int W>(int64_t i) {
           auto sum = get<W>(from[0] + i) * share[0];
 #pragma GCC unroll 8
@@ -246,6 +247,13 @@ DYNACONV_INLINE void for_chunks(const DeformShape& shape, const DeformCut& cut, 
         Range{t, least(t + cut.taps, shape.taps)});
 }
 
+// Points of a tile in blocks, few enough for their columns to stay in the first cache: f(points).
+template <class C, class F>
+DYNACONV_INLINE void for_blocks(int64_t count, const F& f) {
+  constexpr int64_t rows = BLOCKROWS;
+  for (int64_t p = 0; p < count; p += rows) f(Range{p, least(p + rows, count)});
+}
+
 template <class T, class C>
 void write_tile(const C* values, int64_t row, const Planes<T>& output, int64_t sample,
                 int64_t first, int64_t count, int64_t channels) {
@@ -261,6 +269,24 @@ DYNACONV_INLINE Packed<const C> packed_group(const DeformShape& shape, const C* 
                                              int64_t group) {
   const int64_t depth = shape.taps * shape.group_in;
   return {weight + group * depth * padded(shape.group_out), depth, shape.group_out};
+}
+
+// Adds to the sums of all outputs what a chunk's columns give.
+template <class Call, class C>
+void add_outputs(const Call& call, int64_t count, Range channels, Range taps, const C* columns,
+                 C* sums, int64_t row) {
+  const DeformShape& shape = call.shape;
+  const Range groups = groups_of(channels, shape.group_in);
+  for (int64_t g = groups.begin; g < groups.end; ++g) {
+    const Range mine = shared(channels, g, shape.group_in);
+    Depth depth{taps.count(), mine.count(), channels.count()};
+    if (mine == channels) depth = {1, taps.count() * mine.count(), 0};
+    const int64_t first = (mine.begin - g * shape.group_in) * shape.taps +
+                          taps.begin * mine.count();
+    multiply<C, ROW, 1>(count, columns + mine.begin - channels.begin, depth,
+                        packed_group(shape, call.weight, g), first, sums + g * shape.group_out,
+                        row, true);
+  }
 }
 
 template <int D, class T, class C, class O>
@@ -282,18 +308,10 @@ void forward(const DeformForward<T, C, O>& call, int64_t begin, int64_t end, C* 
         sums[p * row + c] = call.bias ? static_cast<C>(widen(call.bias[c])) : 0;
     for_chunks(shape, cut, slices, [&](Range channels, Range taps) {
       plan.make(call, tile, groups_of(channels, shape.offset_channels), taps);
-      sample(shape, plan, tile, call.input, channels, columns);
-      const Range groups = groups_of(channels, shape.group_in);
-      for (int64_t g = groups.begin; g < groups.end; ++g) {
-        const Range mine = shared(channels, g, shape.group_in);
-        Depth depth{taps.count(), mine.count(), channels.count()};
-        if (mine == channels) depth = {1, taps.count() * mine.count(), 0};
-        const int64_t first = (mine.begin - g * shape.group_in) * shape.taps +
-                              taps.begin * mine.count();
-        multiply<C, ROW, 1>(tile.count, columns + mine.begin - channels.begin, depth,
-                            packed_group(shape, call.weight, g), first,
-                            sums + g * shape.group_out, row, true);
-      }
+      for_blocks<C>(tile.count, [&](Range points) {
+        sample(shape, plan, tile, call.input, points, channels, columns);
+        add_outputs(call, points.count(), channels, taps, columns, sums + points.begin * row, row);
+      });
     });
     write_tile(sums, row, call.output, tile.sample, tile.first, tile.count, shape.out_channels);
   }
@@ -308,23 +326,24 @@ DYNACONV_INLINE Packed<C> packed_part(const DeformShape& shape, const DeformCut&
 }
 
 // Gradient of the columns: columns[p, tap, channel] = sum_o grad[p, o] * weight[o, channel, tap].
-template <class C, class Call>
-void columns_gradient(const Call& call, int64_t sample, int64_t first, int64_t count,
-                      Range channels, Range taps, C* grad, C* columns) {
+template <class C, class Call, class O>
+void columns_gradient(const Call& call, const Tile<O>& tile, Range points, Range channels,
+                      Range taps, C* grad, C* columns) {
   const DeformShape& shape = call.shape;
   const Range groups = groups_of(channels, shape.group_in);
   const Range outputs = {groups.begin * shape.group_out, groups.end * shape.group_out};
   for (int64_t o = outputs.begin; o < outputs.end; o += DEFORM_COLUMNS) {
     const Range part = {o, least(o + DEFORM_COLUMNS, outputs.end)};
-    for (int64_t p = 0; p < count; ++p)
-      convert(call.grad.data + sample * call.grad.sample + (first + p) * call.grad.row + o,
-              grad + p * ROW, part.count());
+    const C* from = call.grad.data + tile.sample * call.grad.sample +
+                    (tile.first + points.begin) * call.grad.row + o;
+    for (int64_t p = 0; p < points.count(); ++p)
+      convert(from + p * call.grad.row, grad + p * ROW, part.count());
     for (int64_t g = groups.begin; g < groups.end; ++g) {
       const Range depth = shared(part, g, shape.group_out);
       if (depth.count() <= 0) continue;
       const Range mine = shared(channels, g, shape.group_in);
       for (int64_t t = taps.begin; t < taps.end; ++t)
-        multiply<C, ROW, 1>(count, grad + depth.begin - o, {1, depth.count(), 0},
+        multiply<C, ROW, 1>(points.count(), grad + depth.begin - o, {1, depth.count(), 0},
                             packed_part(shape, call.cut, call.weight,
                                         channels.begin / call.cut.slice, g, t, mine.count()),
                             depth.begin - g * shape.group_out,
@@ -338,13 +357,13 @@ void columns_gradient(const Call& call, int64_t sample, int64_t first, int64_t c
 // From the gradient of the columns, what each corner's row gets of it, and the products with each
 // corner's row: dots[group, tap, p, corner] of all taps.
 template <int D, bool INPUT, bool DOTS, class C, class Call, class O>
-void spread(const Call& call, const Plan<D, C, O>& plan, const Tile<O>& tile, Range channels,
-            const C* columns, C* dots, int64_t first_group) {
+void spread(const Call& call, const Plan<D, C, O>& plan, const Tile<O>& tile, Range points,
+            Range channels, const C* columns, C* dots, int64_t first_group) {
   constexpr int corners = 1 << D, lanes = VectorOf<C>::lanes;
   const DeformShape& shape = call.shape;
   const C* rows = call.input.data + tile.sample * call.input.sample;
   C* grads = call.grad_input.data + tile.sample * call.grad_input.sample;
-  for (int64_t p = 0; p < tile.count; ++p)
+  for (int64_t p = points.begin; p < points.end; ++p)
     for (int64_t t = plan.taps.begin; t < plan.taps.end; ++t)
       for (int64_t g = plan.groups.begin; g < plan.groups.end; ++g) {
         const Range mine = shared(channels, g, shape.offset_channels);
@@ -358,8 +377,8 @@ void spread(const Call& call, const Plan<D, C, O>& plan, const Tile<O>& tile, Ra
           to[j] = grads + index * call.grad_input.row + mine.begin;
           share[j] = plan.share[at * corners + j * POINTS + p] * modulation;
         }
-        const C* grad = columns + p * ROW + (t - plan.taps.begin) * channels.count() +
-                        mine.begin - channels.begin;
+        const C* grad = columns + (p - points.begin) * ROW +
+                        (t - plan.taps.begin) * channels.count() + mine.begin - channels.begin;
         for_vectors<C>(mine.count(), [&]<int W>(int64_t i) {
           const auto value = get<W>(grad + i);
 #pragma GCC unroll 8
@@ -506,13 +525,13 @@ void backward_data(const DeformBackward<T, C, O>& call, int64_t begin, int64_t e
       if (offset) memset(dots, 0, groups.count() * shape.taps * (1 << D) * POINTS * sizeof(C));
       for_chunks(shape, cut, slices, [&](Range channels, Range taps) {
         plan.make(call, tile, groups_of(channels, shape.offset_channels), taps);
-        columns_gradient(call, sample, tile.first, tile.count, channels, taps, grad, columns);
-        if (input && offset)
-          spread<D, true, true>(call, plan, tile, channels, columns, dots, groups.begin);
-        else if (input)
-          spread<D, true, false>(call, plan, tile, channels, columns, dots, groups.begin);
-        else
-          spread<D, false, true>(call, plan, tile, channels, columns, dots, groups.begin);
+        for_blocks<C>(tile.count, [&](Range points) {
+          columns_gradient(call, tile, points, channels, taps, grad, columns);
+          const auto run = !offset ? spread<D, true, false, C, DeformBackward<T, C, O>, O>
+                           : input ? spread<D, true, true, C, DeformBackward<T, C, O>, O>
+                                   : spread<D, false, true, C, DeformBackward<T, C, O>, O>;
+          run(call, plan, tile, points, channels, columns, dots, groups.begin);
+        });
       });
       if (offset) finish_tile<D>(call, tile, groups, range, dots);
     }
@@ -611,7 +630,7 @@ void backward_weight(const DeformBackward<T, C, O>& call, int64_t begin, int64_t
         const Tile<O> tile(shape, cut.tile, n, i);
         plan.tile = nullptr;
         plan.make(call, tile, groups_of(channels, shape.offset_channels), taps);
-        sample(shape, plan, tile, call.input, channels, columns);
+        sample(shape, plan, tile, call.input, {0, tile.count}, channels, columns);
         add_products(call, n, tile.first, tile.count, channels, taps, columns, grad, sums);
       }
     write_weight(shape, channels, taps, sums, call.grad_weight);

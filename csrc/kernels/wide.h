@@ -183,22 +183,29 @@ DYNACONV_INLINE void transpose_block(const From* from, int64_t from_row, To* to,
   put_wide<4>(to + 3 * to_row, shuffled<Pairs<2>>(high, higher, all));
 }
 
-// to[j, i] = from[i, j], both with rows of their own step.
+// to[j, i] = from[i, j], both with rows of their own step. Goes along the rows that are farther
+// apart: the cache then fetches ahead.
+constexpr int64_t SIDE = 16;  // whole cache lines
 template <class From, class To>
 void transpose(const From* from, int64_t from_row, To* to, int64_t to_row, int64_t rows,
                int64_t columns) {
-  constexpr int64_t side = 16;  // whole cache lines of both
   const auto plain = [&](int64_t i0, int64_t i1, int64_t j0, int64_t j1) {
     for (int64_t j = j0; j < j1; ++j)
       for (int64_t i = i0; i < i1; ++i)
         to[j * to_row + i] = narrow<To>(widen(from[i * from_row + j]));
   };
   const int64_t even_rows = rows / 4 * 4, even_columns = columns / 4 * 4;
-  for (int64_t i0 = 0; i0 < even_rows; i0 += side)
-    for (int64_t j0 = 0; j0 < even_columns; j0 += side)
-      for (int64_t j = j0; j < least(j0 + side, even_columns); j += 4)
-        for (int64_t i = i0; i < least(i0 + side, even_rows); i += 4)
-          transpose_block(from + i * from_row + j, from_row, to + j * to_row + i, to_row);
+  const auto block = [&](int64_t i0, int64_t j0) {
+    for (int64_t j = j0; j < least(j0 + SIDE, even_columns); j += 4)
+      for (int64_t i = i0; i < least(i0 + SIDE, even_rows); i += 4)
+        transpose_block(from + i * from_row + j, from_row, to + j * to_row + i, to_row);
+  };
+  if (from_row > to_row)
+    for (int64_t i = 0; i < even_rows; i += SIDE)
+      for (int64_t j = 0; j < even_columns; j += SIDE) block(i, j);
+  else
+    for (int64_t j = 0; j < even_columns; j += SIDE)
+      for (int64_t i = 0; i < even_rows; i += SIDE) block(i, j);
   plain(0, even_rows, even_columns, columns);
   plain(even_rows, rows, 0, columns);
 }
