@@ -187,9 +187,14 @@ struct Plan {
     int64_t steps[3];
     tap_steps(shape, tap, steps);
     for (int64_t p = 0; p < of.count; p += lanes) {
-      Ints at[corners] = {};
+      Ints at[corners];
       Vector<O> part[corners];
-      for (int j = 0; j < corners; ++j) part[j] = Vector<O>{} + 1;
+#pragma GCC unroll 8
+      for (int j = 0; j < corners; ++j) {
+        at[j] = Ints{};
+        part[j] = Vector<O>{} + 1;
+      }
+#pragma GCC unroll 3
       for (int d = 0; d < D; ++d) {
         const Vector<O> start = load(of.start[d] + p) + static_cast<O>(steps[d]);
         const Axis<O> axis(load(shifts[d] + p) + start, shape.length[d]);
@@ -222,6 +227,7 @@ void sample(const DeformShape& shape, const Plan<D, C, O>& plan, const Tile<O>& 
         const int64_t at = plan.row(g, t);
         const C *from[corners], modulation = plan.modulation[at + p];
         C share[corners];
+#pragma GCC unroll 8
         for (int j = 0; j < corners; ++j) {
           from[j] = rows + plan.index[(at * corners) + j * POINTS + p] * input.row + mine.begin;
           share[j] = plan.share[(at * corners) + j * POINTS + p];
@@ -369,9 +375,12 @@ void spread(const Call& call, const Plan<D, C, O>& plan, const Tile<O>& tile, Ra
         const Range mine = shared(channels, g, shape.offset_channels);
         const int64_t at = plan.row(g, t);
         const C *from[corners], modulation = plan.modulation[at + p];
-        C *to[corners], share[corners], rest[corners] = {};
-        Vector<C> sums[corners] = {};
+        C *to[corners], share[corners], rest[corners];
+        Vector<C> sums[corners];
+#pragma GCC unroll 8
         for (int j = 0; j < corners; ++j) {
+          sums[j] = Vector<C>{};
+          rest[j] = 0;
           const int64_t index = plan.index[at * corners + j * POINTS + p];
           from[j] = rows + index * call.input.row + mine.begin;
           to[j] = grads + index * call.grad_input.row + mine.begin;
@@ -411,7 +420,9 @@ void slopes(const Call& call, const Tile<O>& tile, int64_t tap, int64_t group_ta
   tap_steps(shape, tap, steps);
   typedef Wide<C, lanes> V;
   for (int64_t p = 0; p < tile.count; p += lanes) {
-    V share[D][2], sums[D + 1] = {};
+    V share[D][2], sums[D + 1];
+#pragma GCC unroll 4
+    for (int d = 0; d <= D; ++d) sums[d] = V{};
     decltype(V{} != V{}) outside[D][2];
     for (int d = 0; d < D; ++d) {
       const Vector<O> start = load(tile.start[d] + p) + static_cast<O>(steps[d]);
