@@ -392,10 +392,12 @@ void spread(const Call& call, const Plan<D, C, O>& plan, const Tile<O>& tile, Ra
           const auto value = get<W>(grad + i);
 #pragma GCC unroll 8
           for (int j = 0; j < corners; ++j) {
-            if constexpr (INPUT) put<W>(to[j] + i, get<W>(to[j] + i) + value * share[j]);
             if constexpr (DOTS && W == lanes) sums[j] += value * get<W>(from[j] + i);
             if constexpr (DOTS && W < lanes) rest[j] += sum_of<C, W>(value * get<W>(from[j] + i));
           }
+#pragma GCC unroll 8
+          for (int j = 0; j < corners; ++j)
+            if constexpr (INPUT) put<W>(to[j] + i, get<W>(to[j] + i) + value * share[j]);
         });
         if constexpr (DOTS) {
           C* dot = dots + (((g - first_group) * shape.taps + t) * POINTS + p) * corners;
