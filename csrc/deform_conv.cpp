@@ -141,14 +141,15 @@ Held numbers(int64_t count) {
   return std::make_unique<Scratch>(static_cast<size_t>(count) * sizeof(C));
 }
 
-// A tensor as rows of its channels: as it lies where it has them, otherwise room for a copy.
+// A tensor as rows of its channels: as it lies where it has them without a gap, otherwise room for
+// a copy.
 template <class T, class C>
 class AsRows {
  public:
   explicit AsRows(const Tensor& t) : tensor_(t), channels_(t.size(1)), positions_(t.size(2)) {
-    const bool side_by_side = t.stride(1) == 1 || channels_ == 1;
-    if (std::is_same_v<T, C> && side_by_side) {
-      rows_ = {static_cast<C*>(t.data_ptr()), t.stride(0), t.stride(2)};
+    const bool dense = t.stride(2) == channels_ && (t.stride(1) == 1 || channels_ == 1);
+    if (std::is_same_v<T, C> && dense) {
+      rows_ = {static_cast<C*>(t.data_ptr()), t.stride(0), channels_};
       return;
     }
     copy_ = numbers<C>(t.size(0) * channels_ * positions_);

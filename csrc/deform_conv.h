@@ -71,7 +71,7 @@ struct DeformBackward {
   Planes<const O> offset;
   Planes<const T> modulation;  // data may be null
   const C* weight;             // as pack_backward leaves it
-  Rows<C> grad_input;          // data may be null
+  Rows<C> grad_input;          // data may be null; rows as far apart as the input's
   Planes<O> grad_offset;       // data may be null
   Planes<T> grad_modulation;   // data may be null
   C* parts;  // with more than one range: (ranges, batch, offset groups, taps, rank + 1, positions)

@@ -140,6 +140,18 @@ DYNACONV_INLINE void read_modulation(const Planes<const T>& modulation, const Ti
   for (int64_t p = 0; p < tile.count; ++p) to[p] = widen(from[p * step]);
 }
 
+// Where one tap samples at one point, and with which shares: corner j is j * POINTS further on.
+template <int D, class C>
+struct Corners {
+  const int32_t* index;
+  const C *share, *modulation;
+
+  DYNACONV_INLINE Corners tap(int64_t t) const {
+    const int64_t step = t * POINTS << D;
+    return {index + step, share + step, modulation + t * POINTS};
+  }
+};
+
 // Where some taps of some offset groups sample, and with which shares: for each offset group, tap
 // and corner a row of POINTS.
 template <int D, class C, class O>
@@ -160,6 +172,13 @@ struct Plan {
 
   DYNACONV_INLINE int64_t row(int64_t group, int64_t tap) const {
     return ((group - groups.begin) * taps.count() + tap - taps.begin) * POINTS;
+  }
+
+  // At the first tap.
+  DYNACONV_INLINE Corners<D, C> at(int64_t group, int64_t point) const {
+    const int64_t first = row(group, taps.begin);
+    return {index + first * corners + point, share + first * corners + point,
+            modulation + first + point};
   }
 
   // Nothing to do where it is for that already.
@@ -219,28 +238,29 @@ template <int D, class C, class O>
 void sample(const DeformShape& shape, const Plan<D, C, O>& plan, const Tile<O>& tile,
             const Rows<const C>& input, Range points, Range channels, C* columns) {
   constexpr int corners = 1 << D;
-  const C* rows = input.data + tile.sample * input.sample;
-  for (int64_t p = points.begin; p < points.end; ++p)
-    for (int64_t t = plan.taps.begin; t < plan.taps.end; ++t)
-      for (int64_t g = plan.groups.begin; g < plan.groups.end; ++g) {
-        const Range mine = shared(channels, g, shape.offset_channels);
-        const int64_t at = plan.row(g, t);
-        const C *from[corners], modulation = plan.modulation[at + p];
-        C share[corners];
+  const int64_t width = channels.count(), input_row = input.row;
+  for (int64_t g = plan.groups.begin; g < plan.groups.end; ++g) {
+    const Range mine = shared(channels, g, shape.offset_channels);
+    const C* rows = input.data + tile.sample * input.sample + mine.begin;
+    const int64_t count = mine.count();
+    for (int64_t p = points.begin; p < points.end; ++p) {
+      const Corners<D, C> first = plan.at(g, p);
+      C* to = columns + (p - points.begin) * ROW + mine.begin - channels.begin;
+      for (int64_t t = 0; t < plan.taps.count(); ++t, to += width) {
+        const Corners<D, C> here = first.tap(t);
+        const C modulation = *here.modulation;
+        const C* from[corners];
 #pragma GCC unroll 8
-        for (int j = 0; j < corners; ++j) {
-          from[j] = rows + plan.index[(at * corners) + j * POINTS + p] * input.row + mine.begin;
-          share[j] = plan.share[(at * corners) + j * POINTS + p];
-        }
-        C* to = columns + (p - points.begin) * ROW +
-                (t - plan.taps.begin) * channels.count() + mine.begin - channels.begin;
-        for_vectors<C>(mine.count(), [&]<int W>(int64_t i) {
-          auto sum = get<W>(from[0] + i) * share[0];
+        for (int j = 0; j < corners; ++j) from[j] = rows + here.index[j * POINTS] * input_row;
+        for_vectors<C>(count, [&]<int W>(int64_t i) {
+          auto sum = get<W>(from[0] + i) * here.share[0];
 #pragma GCC unroll 8
-          for (int j = 1; j < corners; ++j) sum += get<W>(from[j] + i) * share[j];
+          for (int j = 1; j < corners; ++j) sum += get<W>(from[j] + i) * here.share[j * POINTS];
           put<W>(to + i, sum * modulation);
         });
       }
+    }
+  }
 }
 
 // The chunks of a call one after the other: f(channels, taps).
@@ -367,43 +387,42 @@ void spread(const Call& call, const Plan<D, C, O>& plan, const Tile<O>& tile, Ra
             Range channels, const C* columns, C* dots, int64_t first_group) {
   constexpr int corners = 1 << D, lanes = VectorOf<C>::lanes;
   const DeformShape& shape = call.shape;
-  const C* rows = call.input.data + tile.sample * call.input.sample;
-  C* grads = call.grad_input.data + tile.sample * call.grad_input.sample;
-  for (int64_t p = points.begin; p < points.end; ++p)
-    for (int64_t t = plan.taps.begin; t < plan.taps.end; ++t)
-      for (int64_t g = plan.groups.begin; g < plan.groups.end; ++g) {
-        const Range mine = shared(channels, g, shape.offset_channels);
-        const int64_t at = plan.row(g, t);
-        const C *from[corners], modulation = plan.modulation[at + p];
-        C *to[corners], share[corners], rest[corners];
+  const int64_t width = channels.count(), input_row = call.input.row;
+  for (int64_t g = plan.groups.begin; g < plan.groups.end; ++g) {
+    const Range mine = shared(channels, g, shape.offset_channels);
+    const C* rows = call.input.data + tile.sample * call.input.sample + mine.begin;
+    C* grads = call.grad_input.data + tile.sample * call.grad_input.sample + mine.begin;
+    const int64_t count = mine.count();
+    for (int64_t p = points.begin; p < points.end; ++p) {
+      const Corners<D, C> first = plan.at(g, p);
+      const C* grad = columns + (p - points.begin) * ROW + mine.begin - channels.begin;
+      C* dot = dots + (((g - first_group) * shape.taps + plan.taps.begin) * POINTS + p) * corners;
+      for (int64_t t = 0; t < plan.taps.count(); ++t, grad += width, dot += POINTS * corners) {
+        const Corners<D, C> here = first.tap(t);
+        int64_t at[corners];
+        C share[corners], rest[corners];
         Vector<C> sums[corners];
 #pragma GCC unroll 8
         for (int j = 0; j < corners; ++j) {
+          at[j] = here.index[j * POINTS] * input_row;
+          share[j] = here.share[j * POINTS] * *here.modulation;
           sums[j] = Vector<C>{};
           rest[j] = 0;
-          const int64_t index = plan.index[at * corners + j * POINTS + p];
-          from[j] = rows + index * call.input.row + mine.begin;
-          to[j] = grads + index * call.grad_input.row + mine.begin;
-          share[j] = plan.share[at * corners + j * POINTS + p] * modulation;
         }
-        const C* grad = columns + (p - points.begin) * ROW +
-                        (t - plan.taps.begin) * channels.count() + mine.begin - channels.begin;
-        for_vectors<C>(mine.count(), [&]<int W>(int64_t i) {
+        for_vectors<C>(count, [&]<int W>(int64_t i) {
           const auto value = get<W>(grad + i);
 #pragma GCC unroll 8
           for (int j = 0; j < corners; ++j) {
-            if constexpr (DOTS && W == lanes) sums[j] += value * get<W>(from[j] + i);
-            if constexpr (DOTS && W < lanes) rest[j] += sum_of<C, W>(value * get<W>(from[j] + i));
+            const int64_t from = at[j] + i;
+            if constexpr (DOTS && W == lanes) sums[j] += value * get<W>(rows + from);
+            if constexpr (DOTS && W < lanes) rest[j] += sum_of<C, W>(value * get<W>(rows + from));
+            if constexpr (INPUT) put<W>(grads + from, get<W>(grads + from) + value * share[j]);
           }
-#pragma GCC unroll 8
-          for (int j = 0; j < corners; ++j)
-            if constexpr (INPUT) put<W>(to[j] + i, get<W>(to[j] + i) + value * share[j]);
         });
-        if constexpr (DOTS) {
-          C* dot = dots + (((g - first_group) * shape.taps + t) * POINTS + p) * corners;
-          add_sums<C, corners>(sums, rest, dot);
-        }
+        if constexpr (DOTS) add_sums<C, corners>(sums, rest, dot);
       }
+    }
+  }
 }
 
 // Of one tap at the positions of a tile, in rows of POINTS: the gradient of the offset along each
