@@ -7,7 +7,7 @@ namespace dynaconv {
 namespace DYNACONV_ISA {
 namespace {
 
-constexpr int64_t POINTS = DEFORM_POINTS, BLOCKROWS = 14, ROW = DEFORM_ROW;
+constexpr int64_t POINTS = DEFORM_POINTS, ROW = DEFORM_ROW;
 
 DYNACONV_INLINE int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 DYNACONV_INLINE int64_t padded(int64_t columns) {
@@ -276,7 +276,7 @@ DYNACONV_INLINE void for_chunks(const DeformShape& shape, const DeformCut& cut, 
 // Points of a tile in blocks, few enough for their columns to stay in the first cache: f(points).
 template <class C, class F>
 DYNACONV_INLINE void for_blocks(int64_t count, const F& f) {
-  constexpr int64_t rows = BLOCKROWS;
+  constexpr int64_t rows = 14;
   for (int64_t p = 0; p < count; p += rows) f(Range{p, least(p + rows, count)});
 }
 

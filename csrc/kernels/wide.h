@@ -3,6 +3,11 @@
 
 #include "simd.h"
 
+// How wide vectors are passed does not matter: everything here is inlined.
+#if !defined(__clang__)
+#pragma GCC diagnostic ignored "-Wpsabi"
+#endif
+
 namespace dynaconv {
 namespace DYNACONV_ISA {
 

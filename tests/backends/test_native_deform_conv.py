@@ -33,9 +33,9 @@ LAYOUTS = {
     "transposed": lambda t: t.transpose(0, -1).contiguous().transpose(0, -1),
     "offset": lambda t: torch.cat([t, t])[len(t) :],
     "strided": lambda t: torch.stack([t, t], -1)[..., 1],
-    "channels_of_more": lambda t: channels_last(torch.cat([t, t], 1))[:, t.shape[1] :]
-    if t.dim() > 1
-    else t,
+    "channels_of_more": lambda t: (
+        channels_last(torch.cat([t, t], 1))[:, t.shape[1] :] if t.dim() > 1 else t
+    ),
 }
 
 
