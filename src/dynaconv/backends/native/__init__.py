@@ -11,6 +11,7 @@ from dynaconv.backends.native import library
 from dynaconv.backends.native.conv_mixture import conv_mixture
 from dynaconv.backends.native.conv_per_position import conv_per_position
 from dynaconv.backends.native.conv_per_sample import conv_per_sample
+from dynaconv.backends.native.deform_conv import deform_conv
 from dynaconv.dispatch import Backend, Problem, register_backend
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16)
@@ -35,5 +36,6 @@ FUNCTIONS: tuple[Callable, ...] = (
     conv_per_position,
     conv_per_sample,
     conv_mixture,
+    deform_conv,
 )
 register_backend(Backend("native", supports, {f.__name__: f for f in FUNCTIONS}))

@@ -1,0 +1,116 @@
+"""deform_conv in C++: csrc/kernels/deform_conv.cpp says how."""
+
+from math import prod
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dynaconv.backends import reference
+from dynaconv.backends.operator import GEOMETRY, Operator, gradient_like, output_like
+from dynaconv.shapes import Geometry
+
+
+def _geometry(weight: Tensor, settings: tuple) -> Geometry:
+    return Geometry(tuple(weight.shape[2:]), *map(tuple, settings[:3]))
+
+
+def _shape(input: Tensor, offset: Tensor, weight: Tensor, *rest: object) -> tuple[int, ...]:
+    return (input.shape[0], weight.shape[0], *offset.shape[2:])
+
+
+def _planes(*tensors: Tensor | None) -> list[Tensor | None]:
+    """Each as (batch, channels, positions): a view wherever the strides allow it."""
+    return [None if t is None else t.flatten(2) for t in tensors]
+
+
+def _sizes(input: Tensor, offset: Tensor, weight: Tensor, settings: tuple) -> tuple[Any, ...]:
+    shapes = [list(t.shape[2:]) for t in (input, offset, weight)]
+    return (*shapes, *map(list, settings[:3]), settings[3])
+
+
+def _forward(
+    input: Tensor,
+    offset: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    modulation: Tensor | None,
+    *settings: Any,
+) -> Tensor:
+    output = output_like(input, _shape(input, offset, weight))
+    torch.ops.dynaconv_native.deform_conv(
+        *_planes(input, offset, weight.contiguous()),
+        None if bias is None else bias.contiguous(),
+        *_planes(modulation),
+        *_sizes(input, offset, weight, settings),
+        output.flatten(2),
+    )
+    return output
+
+
+def _backward(
+    grad: Tensor,
+    input: Tensor,
+    offset: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    modulation: Tensor | None,
+    *rest: Any,
+) -> list[Tensor | None]:
+    *settings, mask = rest
+    gx, goffset, gmodulation = (
+        gradient_like(t) if wanted and t is not None else None
+        for t, wanted in ((input, mask[0]), (offset, mask[1]), (modulation, mask[4]))
+    )
+    gweight = torch.empty_like(weight, memory_format=torch.contiguous_format) if mask[2] else None
+    torch.ops.dynaconv_native.deform_conv_backward(
+        *_planes(grad, input, offset, weight.contiguous(), modulation),
+        *_sizes(input, offset, weight, tuple(settings)),
+        *_planes(gx, goffset, gweight, gmodulation),
+    )
+    over = (0, *range(2, grad.dim()))
+    return [gx, goffset, gweight, grad.sum(over) if mask[3] else None, gmodulation]
+
+
+def _reference(
+    input: Tensor,
+    offset: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    modulation: Tensor | None,
+    *settings: Any,
+) -> Tensor:
+    geometry, groups = _geometry(weight, settings), settings[3]
+    return reference.deform_conv(input, offset, weight, bias, modulation, geometry, groups)
+
+
+def _flops(input: tuple, offset: tuple, weight: tuple, *rest: Any) -> int:
+    """Interpolation at every tap, and the convolution."""
+    rank, positions = len(input) - 2, input[0] * prod(offset[2:])
+    sampling = 2**rank * positions * input[1] * prod(weight[2:])
+    return 2 * (sampling + positions * prod(weight))
+
+
+operator = Operator(
+    "native_deform_conv",
+    ("input", "offset", "weight", "bias?", "modulation?"),
+    ("weight", "bias"),
+    f"{GEOMETRY}, int groups",
+    _forward,
+    _backward,
+    _reference,
+    _shape,
+    _flops,
+)
+
+
+def deform_conv(
+    input: Tensor,
+    offset: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    modulation: Tensor | None,
+    geometry: Geometry,
+    groups: int,
+) -> Tensor:
+    return operator(input, offset, weight, bias, modulation, *map(list, geometry[1:]), groups)
