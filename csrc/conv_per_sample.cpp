@@ -45,6 +45,11 @@ int64_t taps(const Ints& kernel) {
   return product;
 }
 
+// Coefficients of an expert.
+int64_t kinds(const Tensor& coefficients, int64_t taps) {
+  return coefficients.dim() > 2 ? taps : 1;
+}
+
 // Runs every task; a thread takes neighbours, which share what it has at hand.
 template <class Job>
 void run_all(const Job& job, const Tensor& data) {
@@ -75,7 +80,10 @@ void conv_per_sample(const Tensor input, const Tensor weight, const Optional coe
   job.input = input.const_data_ptr();
   set_strides(input, job.input_strides);
   job.weight = weight.const_data_ptr();
-  job.coefficients = coefficients ? coefficients->const_data_ptr() : nullptr;
+  if (coefficients) {
+    job.coefficients = coefficients->const_data_ptr();
+    job.kinds = kinds(*coefficients, job.taps);
+  }
   if (bias) {
     job.bias = bias->const_data_ptr();
     job.bias_strides[0] = bias->stride(0);
@@ -143,6 +151,7 @@ void conv_mixture_weight(const Tensor grad, const Tensor input, const Tensor wei
   job.experts = kernel[0];
   job.weight = weight.const_data_ptr();
   job.coefficients = coefficients.const_data_ptr();
+  job.kinds = kinds(coefficients, job.taps);
   job.kernel_gradient = gradient.mutable_data_ptr();
   job.coefficient_gradient = parts.mutable_data_ptr();
   ask_for_large_pages(gradient);

@@ -24,7 +24,8 @@ struct ConvPerSample {
   int64_t input_strides[5];
   // Contiguous; to_channels come before from_channels, after them where transposed.
   const void* weight;
-  const void* coefficients;  // (batch, experts), contiguous
+  const void* coefficients;  // (batch, experts) or (batch, experts, taps), contiguous
+  int64_t kinds;             // coefficients of an expert: 1, or as many as taps
   const void* bias;          // none, or with these strides
   int64_t bias_strides[2];
   void* output;
@@ -33,7 +34,7 @@ struct ConvPerSample {
 
 // The kernels' gradient dW[n][m, c, k] = sum over p of grad[n, m, p] * input[n, c, at(p, k)], or
 // where they are mixed: d weight[e] = sum over n of coefficients[n, e] dW[n], and
-// d coefficients[n, e] = <dW[n], weight[e]>.
+// d coefficients[n, e] = <dW[n], weight[e]>; likewise tap by tap where each has coefficients.
 struct KernelGradient {
   int64_t batch, in_channels, out_channels, taps;
   int64_t experts;
@@ -44,9 +45,10 @@ struct KernelGradient {
   int64_t grad_strides[5];
   const void* weight;
   const void* coefficients;
+  int64_t kinds;
   // Contiguous like weight; of experts in the dtype that is computed in.
   void* kernel_gradient;
-  void* coefficient_gradient;  // (tasks, batch, experts): each task's part
+  void* coefficient_gradient;  // (tasks, batch, experts, kinds): each task's part
 };
 
 // How the work is cut: tasks that are independent of each other, and a thread's memory in numbers

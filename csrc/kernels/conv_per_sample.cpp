@@ -302,21 +302,25 @@ DYNACONV_INLINE int64_t part(int64_t total, int64_t parts, int64_t i) { return t
 
 // Mixing ------------------------------------------------------------------------------------------
 
-// to[g] = sum_e coefficients[g][e] * experts[e], each of `count` numbers.
+// to[g] = sum_e coefficients[g][e] * experts[e], each of `count` numbers: `row` of them for each
+// tap in turn, whose coefficients are next to each other where there are several `kinds`.
 template <class T, int group>
-void mix(const T* experts, int64_t count, int64_t kinds, const T* coefficients, T* to) {
+void mix(const T* experts, int64_t count, int64_t row, int64_t many, int64_t kinds,
+         const T* coefficients, T* to) {
   constexpr int n = VectorOf<T>::lanes;
-  for (int64_t i = 0; i < count; i += n) {
-    Vector<T> sum[group] = {};
-    for (int64_t e = 0; e < kinds; ++e) {
-      const Vector<T> expert = load(experts + e * count + i);
+  if (kinds == 1) row = count;
+  for (int64_t first = 0, tap = 0; first < count; first += row, tap = (tap + 1) % kinds)
+    for (int64_t i = first; i < first + row; i += n) {
+      Vector<T> sum[group] = {};
+      for (int64_t e = 0; e < many; ++e) {
+        const Vector<T> expert = load(experts + e * count + i);
 #pragma GCC unroll 4
-      for (int g = 0; g < group; ++g)
-        sum[g] += (coefficients[g * kinds + e] - Vector<T>{}) * expert;
+        for (int g = 0; g < group; ++g)
+          sum[g] += (coefficients[(g * many + e) * kinds + tap] - Vector<T>{}) * expert;
+      }
+#pragma GCC unroll 4
+      for (int g = 0; g < group; ++g) store(to + g * count + i, sum[g]);
     }
-#pragma GCC unroll 4
-    for (int g = 0; g < group; ++g) store(to + g * count + i, sum[g]);
-  }
 }
 
 // The output, and the input's gradient ------------------------------------------------------------
@@ -348,7 +352,8 @@ struct Plan {
   int64_t scratch(const ConvPerSample& job, int64_t bytes) const {
     const int64_t weights = job.experts ? (job.experts + kTogether) * piece : piece;
     const int64_t places = up((where + 2 * job.taps) * 8, bytes);
-    return slice * (inputs + sums) + weights + kTogether * job.experts + places + 64;
+    const int64_t coefficients = kTogether * job.experts * most<int64_t>(job.kinds, 1);
+    return slice * (inputs + sums) + weights + coefficients + places + 64;
   }
 };
 
@@ -369,7 +374,7 @@ struct Convolution {
     packed = sums + plan.slice * plan.sums;
     experts = packed + (job.experts ? kTogether : 1) * plan.piece;
     coefficients = experts + job.experts * plan.piece;
-    const int64_t numbers = job.experts ? kTogether * job.experts : 0;
+    const int64_t numbers = job.experts ? kTogether * job.experts * job.kinds : 0;
     where = reinterpret_cast<int64_t*>(coefficients + up(numbers * sizeof(T), 8) * 8 / sizeof(T));
     taps = reinterpret_cast<Tap*>(where + plan.where);
     locate(job.axes, job.transposed, plan.rows, where);
@@ -410,13 +415,15 @@ struct Convolution {
     for (int64_t e = 0; e < job.experts; ++e) pack(e, block, begin, count, experts + e * numbers);
     for (int64_t i = 0; i < samples; i += kTogether) {
       const int64_t together = least(kTogether, samples - i);
-      const S* const given = static_cast<const S*>(job.coefficients) + (first + i) * job.experts;
-      for (int64_t j = 0; j < together * job.experts; ++j) coefficients[j] = widen(given[j]);
+      const int64_t each = job.experts * job.kinds;
+      const S* const given = static_cast<const S*>(job.coefficients) + (first + i) * each;
+      for (int64_t j = 0; j < together * each; ++j) coefficients[j] = widen(given[j]);
       if (together == kTogether)
-        mix<T, kTogether>(experts, numbers, job.experts, coefficients, packed);
+        mix<T, kTogether>(experts, numbers, plan.width, job.experts, job.kinds, coefficients,
+                          packed);
       else
         for (int64_t g = 0; g < together; ++g)
-          mix<T, 1>(experts, numbers, job.experts, coefficients + g * job.experts,
+          mix<T, 1>(experts, numbers, plan.width, job.experts, job.kinds, coefficients + g * each,
                     packed + g * numbers);
       // One after the other, the experts' next pieces.
       const int64_t expert = i / kTogether;
@@ -702,8 +709,8 @@ struct Gradient {
     for (int64_t i = 0; i < samples; ++i)
       lay_columns(first + i, panel, panel + 1, columns + i * plan.column);
     T* const part_of =
-        static_cast<T*>(job.coefficient_gradient) + (panel * job.batch + first) * job.experts;
-    for (int64_t i = 0; i < samples * job.experts; ++i) part_of[i] = 0;
+        static_cast<T*>(job.coefficient_gradient) + (panel * job.batch + first) * each_sample();
+    for (int64_t i = 0; i < samples * each_sample(); ++i) part_of[i] = 0;
     for (int64_t tile = 0; tile < plan.tiles; ++tile) {
       const int64_t row = part(job.out_channels, plan.tiles, tile);
       const int64_t rows = part(job.out_channels, plan.tiles, tile + 1) - row;
@@ -717,7 +724,7 @@ struct Gradient {
     T *const weight = tiles, *const gradient = tiles + job.experts * plan.tile;
     T* const product_of = gradient + job.experts * plan.tile;
     exchange(panel, row, rows, first > 0, weight, gradient, false);
-    const S* const given = static_cast<const S*>(job.coefficients) + first * job.experts;
+    const S* const given = static_cast<const S*>(job.coefficients) + first * each_sample();
     for (int64_t i = 0; i < samples; i += kTogether) {
       const int64_t together = least(kTogether, samples - i);
       if (i / kTogether < job.experts) ask(i / kTogether, row + rows, panel);
@@ -725,56 +732,80 @@ struct Gradient {
         product(gradients + (i + g) * each + row * plan.rows.positions, rows,
                 columns + (i + g) * plan.column, product_of + g * plan.tile, plan.width);
       if (together == kTogether)
-        share_all<kTogether>(product_of, weight, given + i * job.experts, numbers, gradient,
-                             part_of + i * job.experts);
+        share_all<kTogether>(panel, product_of, weight, given + i * each_sample(), numbers,
+                             gradient, part_of + i * each_sample());
       else
         for (int64_t g = 0; g < together; ++g)
-          share_all<1>(product_of + g * plan.tile, weight, given + (i + g) * job.experts, numbers,
-                       gradient, part_of + (i + g) * job.experts);
+          share_all<1>(panel, product_of + g * plan.tile, weight, given + (i + g) * each_sample(),
+                       numbers, gradient, part_of + (i + g) * each_sample());
     }
     exchange(panel, row, rows, true, weight, gradient, true);
   }
 
+  int64_t each_sample() const { return job.experts * job.kinds; }
+
   template <int group>
-  void share_all(const T* product, const T* weight, const S* coefficients, int64_t numbers,
-                 T* gradient, T* part_of) {
+  void share_all(int64_t panel, const T* product, const T* weight, const S* coefficients,
+                 int64_t numbers, T* gradient, T* part_of) {
     int64_t e = 0;
-    for (; e + 2 <= job.experts; e += 2)
-      share<group, 2>(product, weight + e * plan.tile, coefficients + e, numbers,
-                      gradient + e * plan.tile, part_of + e);
-    for (; e < job.experts; ++e)
-      share<group, 1>(product, weight + e * plan.tile, coefficients + e, numbers,
-                      gradient + e * plan.tile, part_of + e);
+    const auto run = [&]<int experts>() {
+      for (; e + experts <= job.experts; e += experts) {
+        const int64_t tile = e * plan.tile, kind = e * job.kinds;
+        if (job.kinds == 1)
+          share<group, experts, 1>(panel, product, weight + tile, coefficients + kind, numbers,
+                                   gradient + tile, part_of + kind);
+        else
+          share<group, experts, 2>(panel, product, weight + tile, coefficients + kind, numbers,
+                                   gradient + tile, part_of + kind);
+      }
+    };
+    run.template operator()<2>();
+    run.template operator()<1>();
   }
 
   // Of a few samples and experts: gradient[e] += sum_g coefficients[g, e] * product[g], and
-  // part_of[g, e] += <product[g], weight[e]>.
-  template <int group, int kinds>
-  void share(const T* product, const T* weight, const S* coefficients, int64_t numbers,
-             T* gradient, T* part_of) {
-    Vector<T> sum[group][kinds] = {}, coefficient[group][kinds];
-    for (int g = 0; g < group; ++g)
-      for (int e = 0; e < kinds; ++e)
-        coefficient[g][e] = widen(coefficients[g * job.experts + e]) - Vector<T>{};
-    for (int64_t i = 0; i < numbers; i += n) {
-      Vector<T> p[group];
-#pragma GCC unroll 4
-      for (int g = 0; g < group; ++g) p[g] = load(product + g * plan.tile + i);
+  // part_of[g, e] += <product[g], weight[e]>. Where taps have coefficients of their own, a row's
+  // two vectors of (channel, tap) pairs are kept apart (`apart` is 2).
+  template <int group, int experts, int apart>
+  void share(int64_t panel, const T* product, const T* weight, const S* coefficients,
+             int64_t numbers, T* gradient, T* part_of) {
+    Vector<T> sum[apart][group][experts] = {}, coefficient[apart][group][experts];
+    for (int v = 0; v < apart; ++v)
+      for (int g = 0; g < group; ++g)
+        for (int e = 0; e < experts; ++e)
+          for (int i = 0; i < n; ++i)
+            coefficient[v][g][e][i] =
+                widen(coefficients[g * each_sample() + e * job.kinds + kind_of(panel, v * n + i)]);
+    for (int64_t i = 0; i < numbers; i += apart * n)
 #pragma GCC unroll 2
-      for (int e = 0; e < kinds; ++e) {
-        const Vector<T> w = load(weight + e * plan.tile + i);
-        Vector<T> total = load(gradient + e * plan.tile + i);
+      for (int v = 0; v < apart; ++v) {
+        const int64_t at = i + v * n;
+        Vector<T> p[group];
 #pragma GCC unroll 4
-        for (int g = 0; g < group; ++g) {
-          total += coefficient[g][e] * p[g];
-          sum[g][e] += p[g] * w;
+        for (int g = 0; g < group; ++g) p[g] = load(product + g * plan.tile + at);
+#pragma GCC unroll 2
+        for (int e = 0; e < experts; ++e) {
+          const Vector<T> w = load(weight + e * plan.tile + at);
+          Vector<T> total = load(gradient + e * plan.tile + at);
+#pragma GCC unroll 4
+          for (int g = 0; g < group; ++g) {
+            total += coefficient[v][g][e] * p[g];
+            sum[v][g][e] += p[g] * w;
+          }
+          store(gradient + e * plan.tile + at, total);
         }
-        store(gradient + e * plan.tile + i, total);
       }
-    }
-    for (int g = 0; g < group; ++g)
-      for (int e = 0; e < kinds; ++e)
-        for (int i = 0; i < n; ++i) part_of[g * job.experts + e] += sum[g][e][i];
+    for (int v = 0; v < apart; ++v)
+      for (int g = 0; g < group; ++g)
+        for (int e = 0; e < experts; ++e)
+          for (int i = 0; i < n; ++i)
+            part_of[g * each_sample() + e * job.kinds + kind_of(panel, v * n + i)] +=
+                sum[v][g][e][i];
+  }
+
+  // Which of an expert's coefficients a lane of a panel has.
+  int64_t kind_of(int64_t panel, int64_t lane) const {
+    return job.kinds == 1 ? 0 : (panel * plan.width + lane) % job.taps;
   }
 
   // Asks for an expert's tile from `row` on, and for the place of its gradient.

@@ -58,7 +58,18 @@ def no_library_calls(monkeypatch):
         monkeypatch.setattr(module.eager, "_backward", refuse)
 
 
-def call_of(primitive, batch, channels, outs, size, kernel, experts=3, dtype=torch.float64, **rest):
+def call_of(
+    primitive,
+    batch,
+    channels,
+    outs,
+    size,
+    kernel,
+    experts=3,
+    by_tap=False,
+    dtype=torch.float64,
+    **rest,
+):
     """A fresh random call: tensors by name, and settings."""
     kernels = batch if primitive == "conv_per_sample" else experts
     tensors = {
@@ -67,7 +78,8 @@ def call_of(primitive, batch, channels, outs, size, kernel, experts=3, dtype=tor
         "bias": torch.randn(kernels, outs),
     }
     if primitive == "conv_mixture":
-        tensors["coefficients"] = torch.randn(batch, experts)
+        tensors["coefficients"] = torch.randn(batch, experts, *(kernel if by_tap else ()))
+        tensors["bias"] = torch.randn(outs) if by_tap else tensors["bias"]
     return {name: t.to(dtype) for name, t in tensors.items()}, rest
 
 
@@ -173,8 +185,8 @@ CASES = [
 def test_ways_to_cut(primitive, case, poisoned, no_library_calls):
     *sizes, settings = case
     for dtype in (torch.float64, torch.float32, torch.bfloat16):
-        for experts in (1, 2, 5):
-            check(primitive, *sizes, experts=experts, dtype=dtype, **settings)
+        for experts, by_tap in ((1, False), (2, True), (5, False), (5, True)):
+            check(primitive, *sizes, experts=experts, by_tap=by_tap, dtype=dtype, **settings)
 
 
 @st.composite
@@ -191,10 +203,10 @@ def random_calls(draw):
 
 @every_primitive
 @settings(max_examples=60, deadline=None)
-@given(call=random_calls(), experts=st.integers(1, 6))
-def test_random_shapes(primitive, call, experts):
+@given(call=random_calls(), experts=st.integers(1, 6), by_tap=st.booleans())
+def test_random_shapes(primitive, call, experts, by_tap):
     sizes, size, kernel, geometry = call
-    check(primitive, *sizes, size, kernel, experts=experts, **geometry)
+    check(primitive, *sizes, size, kernel, experts=experts, by_tap=by_tap, **geometry)
 
 
 @every_primitive
