@@ -219,10 +219,6 @@ def test_the_rule(primitive, monkeypatch):
     assert not rule(512, (0, 7), (3, 3))
 
 
-def test_no_experts_at_all():
-    check("conv_mixture", 2, 3, 4, (5, 5), (3, 3), experts=0)
-
-
 def small(primitive, rank):
     """One small call, as a function of its tensors."""
     tensors, settings = list(samples(primitive, rank, batches=(2,)))[2]
