@@ -2,10 +2,6 @@
 
 #include "binding.h"
 
-#if defined(__linux__)
-#include <sys/mman.h>
-#endif
-
 namespace dynaconv {
 namespace {
 
@@ -109,25 +105,10 @@ KernelGradient gradient_job(const Tensor& grad, const Tensor& input, const Ints&
   return job;
 }
 
-// Asks for large pages under memory that is fresh from the system. All kernels' gradients are
-// large, and a fault for each small page costs more than computing what goes into it.
-void ask_for_large_pages(const Tensor& tensor) {
-#if defined(__linux__)
-  constexpr uintptr_t page = 1 << 21;
-  const uintptr_t begin = reinterpret_cast<uintptr_t>(tensor.const_data_ptr());
-  const uintptr_t first = (begin + page - 1) / page * page;
-  const uintptr_t last = (begin + tensor.numel() * tensor.element_size()) / page * page;
-  if (first < last) madvise(reinterpret_cast<void*>(first), last - first, MADV_HUGEPAGE);
-#else
-  (void)tensor;
-#endif
-}
-
 void conv_per_sample_weight(const Tensor grad, const Tensor input, Tensor gradient,
                             const Ints stride, const Ints padding, const Ints dilation) {
   KernelGradient job = gradient_job(grad, input, sizes_of(gradient), stride, padding, dilation);
   job.kernel_gradient = gradient.mutable_data_ptr();
-  ask_for_large_pages(gradient);
   run_all(job, input);
 }
 
@@ -154,7 +135,6 @@ void conv_mixture_weight(const Tensor grad, const Tensor input, const Tensor wei
   job.kinds = kinds(coefficients, job.taps);
   job.kernel_gradient = gradient.mutable_data_ptr();
   job.coefficient_gradient = parts.mutable_data_ptr();
-  ask_for_large_pages(gradient);
   run_all(job, input);
 }
 

@@ -37,7 +37,7 @@ LAYOUTS = {
 
 def always(monkeypatch):
     """Whatever the rule would take, and on few channels too, the C++ kernels compute it."""
-    for name in ("SINGLE", "MORE"):
+    for name in ("MANY", "FEW"):
         monkeypatch.setattr(native["conv_per_sample"], name, 10**9)
 
 
@@ -214,8 +214,8 @@ def test_the_rule(primitive, monkeypatch):
     """Many positions a channel, and groups, are left to library calls."""
     monkeypatch.undo()
     serves = native[primitive].serves
-    rule = lambda channels, size, kernel, groups=1: serves(
-        torch.empty(2, channels, *size),
+    rule = lambda channels, size, kernel, groups=1, dtype=None: serves(
+        torch.empty(2, channels, *size, dtype=dtype),
         torch.empty(2, 2 * channels, channels, *kernel),
         (2, 2 * channels, *size),
         ([1, 1], [1, 1], [1, 1], groups),
@@ -225,6 +225,8 @@ def test_the_rule(primitive, monkeypatch):
     assert not rule(64, (56, 56), (3, 3))
     assert not rule(512, (7, 7), (3, 3), groups=2)
     assert rule(512, (7, 7), (1, 1))
+    assert rule(512, (7, 7), (3, 3), dtype=torch.bfloat16)
+    assert not rule(256, (14, 14), (3, 3), dtype=torch.bfloat16)
     assert not rule(256, (14, 14), (1, 1))
     assert not rule(512, (0, 7), (3, 3))
 
