@@ -31,7 +31,7 @@ DYNACONV_INLINE Wide<T, W> get(const T* from) {
 }
 
 template <int W, class T>
-DYNACONV_INLINE void put(T* to, Wide<T, W> v) {
+DYNACONV_INLINE void put(T* to, const Wide<T, W>& v) {
   memcpy(to, &v, sizeof v);
 }
 
