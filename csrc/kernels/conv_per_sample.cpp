@@ -7,7 +7,7 @@
 // channel, tap) as lanes, as it lies in memory, and sums over the positions.
 #include "../conv_per_sample.h"
 
-#include "../simd.h"
+#include "../move.h"
 
 namespace dynaconv {
 namespace DYNACONV_ISA {
@@ -30,71 +30,13 @@ DYNACONV_INLINE int64_t down(int64_t a, int64_t b) { return a >= 0 ? a / b : -up
 
 // Transposing -------------------------------------------------------------------------------------
 
-template <class T>
-struct IndexOf {
-  typedef int32_t type __attribute__((vector_size(DYNACONV_BYTES)));
-};
-template <>
-struct IndexOf<double> {
-  typedef int64_t type __attribute__((vector_size(DYNACONV_BYTES)));
-};
-
-// Lanes taken in turns from two vectors, from lane `start` of each.
-template <class T, int lane>
-constexpr int turns = lane / 2 + lane % 2 * VectorOf<T>::lanes;
-template <class T, int start, int left, int... index>
-struct Interleave
-    : Interleave<T, start, left - 1, start + turns<T, left - 1>, index...> {};
-template <class T, int start, int... index>
-struct Interleave<T, start, 0, index...> {
-  static DYNACONV_INLINE Vector<T> of(Vector<T> a, Vector<T> b) {
-#if defined(__clang__)
-    return __builtin_shufflevector(a, b, index...);
-#else
-    return __builtin_shuffle(a, b, typename IndexOf<T>::type{index...});
-#endif
-  }
-};
-
-// A square of as many vectors as lanes.
-template <class T>
-DYNACONV_INLINE void transpose(Vector<T>* square) {
-  constexpr int n = VectorOf<T>::lanes;
-#pragma GCC unroll 4
-  for (int stage = 1; stage < n; stage *= 2) {
-    Vector<T> next[n];
-#pragma GCC unroll 8
-    for (int i = 0; i < n / 2; ++i) {
-      next[2 * i] = Interleave<T, 0, n>::of(square[i], square[i + n / 2]);
-      next[2 * i + 1] = Interleave<T, n / 2, n>::of(square[i], square[i + n / 2]);
-    }
-#pragma GCC unroll 16
-    for (int i = 0; i < n; ++i) square[i] = next[i];
-  }
-}
-
-template <class S>
-DYNACONV_INLINE Vector<Compute<S>> load_wide(const S* from) {
-  Compute<S> wide[VectorOf<Compute<S>>::lanes];
-  for (int i = 0; i < VectorOf<Compute<S>>::lanes; ++i) wide[i] = widen(from[i]);
-  return load(wide);
-}
-template <>
-DYNACONV_INLINE Vector<float> load_wide<float>(const float* from) {
-  return load(from);
-}
-template <>
-DYNACONV_INLINE Vector<double> load_wide<double>(const double* from) {
-  return load(from);
-}
-
 // The first `columns` columns of as many rows as there are lanes: to[column][lane].
 template <class S, int columns, class T = Compute<S>>
 DYNACONV_INLINE void turn_square(const S* from, int64_t row_step, T* to, int64_t to_step) {
   constexpr int n = VectorOf<T>::lanes;
   Vector<T> square[n];
 #pragma GCC unroll 16
-  for (int i = 0; i < n; ++i) square[i] = load_wide(from + i * row_step);
+  for (int i = 0; i < n; ++i) square[i] = load_first(from + i * row_step, n);
   transpose<T>(square);
 #pragma GCC unroll 16
   for (int i = 0; i < (columns < n ? columns : n); ++i) store(to + i * to_step, square[i]);

@@ -604,7 +604,7 @@ Packed<const C> pack_grad(const Call& call, int64_t sample, int64_t first, int64
                   group * columns;
   for (int64_t n = 0; n < columns; n += lanes)
     for (int64_t p = 0; p < count; ++p)
-      store(packed.at(p, n), load_some(from + p * call.grad.row + n, columns - n));
+      store(packed.at(p, n), load_first(from + p * call.grad.row + n, columns - n));
   return {to, count, columns};
 }
 

@@ -41,20 +41,6 @@ struct Packed {
   }
 };
 
-template <class T>
-DYNACONV_INLINE void store_some(T* to, Vector<T> v, int64_t count) {
-  if (count >= VectorOf<T>::lanes) return store(to, v);
-  for (int64_t i = 0; i < count; ++i) to[i] = v[i];
-}
-
-template <class T>
-DYNACONV_INLINE Vector<T> load_some(const T* from, int64_t count) {
-  if (count >= VectorOf<T>::lanes) return load(from);
-  Vector<T> v = {};
-  for (int64_t i = 0; i < count; ++i) v[i] = from[i];
-  return v;
-}
-
 // M rows and V vectors of c; a[m, k] is at a[m * ROW + k * STEP].
 template <class T, int M, int V, int64_t ROW, int64_t STEP>
 void multiply_block(const T* a, Depth depth, const T* b, T* c, int64_t c_row, int64_t columns,
@@ -79,8 +65,8 @@ void multiply_block(const T* a, Depth depth, const T* b, T* c, int64_t c_row, in
     for (int v = 0; v < V; ++v) {
       T* to = c + m * c_row + v * lanes;
       const int64_t count = columns - v * lanes;
-      if (add) sums[m][v] += load_some(to, count);
-      store_some(to, sums[m][v], count);
+      if (add) sums[m][v] += load_first(to, count);
+      store_first(to, sums[m][v], count);
     }
 }
 

@@ -3,11 +3,6 @@
 
 #include "simd.h"
 
-// How wide vectors are passed does not matter: everything here is inlined.
-#if !defined(__clang__)
-#pragma GCC diagnostic ignored "-Wpsabi"
-#endif
-
 namespace dynaconv {
 namespace DYNACONV_ISA {
 
@@ -89,19 +84,9 @@ DYNACONV_INLINE void convert(const From* from, To* to, int64_t count) {
   for (; i < count; ++i) to[i] = narrow<To>(widen(from[i]));
 }
 
-// Lane numbers 0 ... N - 1 as template arguments.
-template <int... I>
-struct Lanes {};
-template <int N, int... I>
-struct LanesTo : LanesTo<N - 1, N - 1, I...> {};
-template <int... I>
-struct LanesTo<0, I...> {
-  typedef Lanes<I...> type;
-};
-
 // Lane i of the result is lane PICK(i) of a and b one after the other.
 template <class Pick, class V, int... I>
-DYNACONV_INLINE V shuffled(V a, V b, Lanes<I...>) {
+DYNACONV_INLINE V shuffled(V a, V b, Indices<I...>) {
 #if defined(__clang__)
   return __builtin_shufflevector(a, b, Pick::lane(I)...);
 #else
@@ -149,7 +134,7 @@ DYNACONV_INLINE void add_sums(Vector<T>* sums, const T* rest, T* to) {
   if constexpr (N % E != 0) {
     for (int j = 0; j < N; ++j) to[j] += sum_of<T, W>(sums[j]) + rest[j];
   } else {
-    const typename LanesTo<W>::type all;
+    const typename IndicesTo<W>::type all;
     for (int first = 0; first < N; first += E) {
       Vector<T>* v = sums + first;
       for (int left = E; left > 1; left /= 2)
@@ -176,7 +161,7 @@ struct Pairs {
 template <class From, class To>
 DYNACONV_INLINE void transpose_block(const From* from, int64_t from_row, To* to, int64_t to_row) {
   typedef Wide<Compute<From>, 4> V;
-  const typename LanesTo<4>::type all;
+  const typename IndicesTo<4>::type all;
   V row[4];
   for (int i = 0; i < 4; ++i) row[i] = get_wide<4>(from + i * from_row);
   const V low = shuffled<Zip<0>>(row[0], row[1], all), high = shuffled<Zip<2>>(row[0], row[1], all);

@@ -19,7 +19,7 @@ HERE = Path(__file__).resolve().parent
 LIBRARY = "libdynaconv_native.so"
 # The oldest release that the library runs with: 2.11, as the headers write it.
 TARGET = "-DTORCH_TARGET_VERSION=0x020b000000000000ULL"
-COMMON = ["-std=c++20", "-O3", "-fPIC", "-fvisibility=hidden", "-DNDEBUG", TARGET]
+COMMON = ["-std=c++20", "-O3", "-Wno-psabi", "-fPIC", "-fvisibility=hidden", "-DNDEBUG", TARGET]
 # By instruction set; the kernels are compiled for each and chosen at run time.
 INSTRUCTION_SETS = {
     "x86_64": {
