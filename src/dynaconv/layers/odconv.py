@@ -13,9 +13,7 @@ from dynaconv.registry import register_family
 GATES = ("channel", "filter", "spatial")
 
 
-@register_family(
-    "odconv", primitive="conv_mixture", paper="Li et al., ICLR 2022", transposed=True
-)
+@register_family("odconv", primitive="conv_mixture", paper="Li et al., ICLR 2022", transposed=True)
 class ODConv(DynamicConv):
     """Experts under four attentions: input channel, output channel, tap and expert.
 
