@@ -40,13 +40,6 @@ PerPosition call(const Tensor& input, const Tensor& weight, const Tensor& output
   return a;
 }
 
-template <class T>
-bool by_channels(const PerPosition& a) {
-  bool answer = false;
-  DYNACONV_CALL(answer, per_position::by_channels<T>(a));
-  return answer;
-}
-
 int64_t count_tasks(const PerPosition& a, const int64_t (&space)[3], bool chunked) {
   int64_t tasks = a.batch * pieces(a.groups, a.bundle) * (chunked ? pieces(a.channels, a.chunk) : 1);
   for (int d = 0; d < 3; ++d) tasks *= pieces(space[d], a.tile[d]);
@@ -58,11 +51,13 @@ int64_t count_tasks(const PerPosition& a, const int64_t (&space)[3], bool chunke
 constexpr int64_t BUNDLE = 16;
 
 // Halves the box of a task until its scratch fits and there is work for every thread.
-template <class F>
-void cut(PerPosition& a, const int64_t (&space)[3], bool chunked, bool by_channels,
-         const F& scratch) {
-  const int64_t threads = torch::stable::get_num_threads();
+template <class T>
+int64_t cut(Wanted wanted, PerPosition& a) {
+  const bool chunked = wanted != Wanted::weight_gradient;
+  const auto& space = wanted == Wanted::input_gradient ? a.in : a.out;
   a.chunk = std::min(a.channels, CHUNK);
+  bool by_channels = false;
+  DYNACONV_CALL(by_channels, per_position::by_channels<T>(wanted, a));
   const bool apart = a.x_stride[4] != 1 && a.channels < BUNDLE && !by_channels;
   a.bundle = apart ? std::min(a.groups, BUNDLE / a.channels) : 1;
   for (int d = 0; d < 3; ++d) a.tile[d] = space[d];
@@ -71,71 +66,41 @@ void cut(PerPosition& a, const int64_t (&space)[3], bool chunked, bool by_channe
     a.tile[d] = std::max(least, (a.tile[d] + 1) / 2);
     return true;
   };
-  while (scratch() > BUDGET && (halve(0, 1) || halve(1, 4) || halve(2, 64) || halve(1, 1)))
-    ;
-  while (count_tasks(a, space, chunked) < 4 * threads &&
-         (halve(0, 1) || halve(1, 4) || halve(2, 64)))
+  int64_t bytes = 0;
+  do {
+    DYNACONV_CALL(bytes, per_position::scratch<T>(wanted, a));
+  } while (bytes > BUDGET && (halve(0, 1) || halve(1, 4) || halve(2, 64) || halve(1, 1)));
+  const int64_t enough = 4 * static_cast<int64_t>(torch::stable::get_num_threads());
+  while (count_tasks(a, space, chunked) < enough && (halve(0, 1) || halve(1, 4) || halve(2, 64)))
     ;
   a.tasks = count_tasks(a, space, chunked);
+  return bytes;
 }
 
-template <class F>
-void run(const PerPosition& a, int64_t scratch, const F& kernel) {
-  torch::stable::parallel_for(0, a.tasks, 1, [&](int64_t begin, int64_t end) {
-    const Scratch memory(scratch);
-    kernel(begin, end, memory.as<void>());
+void compute(Wanted wanted, PerPosition a, const Tensor& data) {
+  with_dtype(data, [&](auto type) {
+    using T = decltype(type);
+    const int64_t bytes = cut<T>(wanted, a);
+    torch::stable::parallel_for(0, a.tasks, 1, [&](int64_t begin, int64_t end) {
+      const Scratch memory(bytes);
+      DYNACONV_RUN(per_position::run<T>(wanted, a, begin, end, memory.as<void>()));
+    });
   });
 }
 
 void output(Tensor output, const Tensor input, const Tensor weight, Ints stride, Ints padding,
             Ints dilation) {
-  PerPosition a = call(input, weight, output, stride, padding, dilation);
-  with_dtype(input, [&](auto type) {
-    using T = decltype(type);
-    int64_t bytes = 0;
-    const auto scratch = [&] {
-      DYNACONV_CALL(bytes, per_position::output_scratch<T>(a));
-      return bytes;
-    };
-    cut(a, a.out, true, by_channels<T>(a), scratch);
-    run(a, scratch(), [&](int64_t begin, int64_t end, void* memory) {
-      DYNACONV_RUN(per_position::output<T>(a, begin, end, memory));
-    });
-  });
+  compute(Wanted::output, call(input, weight, output, stride, padding, dilation), input);
 }
 
 void input_gradient(Tensor gradient, const Tensor grad, const Tensor weight, Ints stride,
                     Ints padding, Ints dilation) {
-  PerPosition a = call(gradient, weight, grad, stride, padding, dilation);
-  with_dtype(grad, [&](auto type) {
-    using T = decltype(type);
-    int64_t bytes = 0;
-    const auto scratch = [&] {
-      DYNACONV_CALL(bytes, per_position::input_scratch<T>(a));
-      return bytes;
-    };
-    cut(a, a.in, true, by_channels<T>(a), scratch);
-    run(a, scratch(), [&](int64_t begin, int64_t end, void* memory) {
-      DYNACONV_RUN(per_position::input<T>(a, begin, end, memory));
-    });
-  });
+  compute(Wanted::input_gradient, call(gradient, weight, grad, stride, padding, dilation), grad);
 }
 
 void weight_gradient(Tensor gradient, const Tensor grad, const Tensor input, Ints stride,
                      Ints padding, Ints dilation) {
-  PerPosition a = call(input, gradient, grad, stride, padding, dilation);
-  with_dtype(grad, [&](auto type) {
-    using T = decltype(type);
-    int64_t bytes = 0;
-    const auto scratch = [&] {
-      DYNACONV_CALL(bytes, per_position::weight_scratch<T>(a));
-      return bytes;
-    };
-    cut(a, a.out, false, false, scratch);
-    run(a, scratch(), [&](int64_t begin, int64_t end, void* memory) {
-      DYNACONV_RUN(per_position::weight<T>(a, begin, end, memory));
-    });
-  });
+  compute(Wanted::weight_gradient, call(input, gradient, grad, stride, padding, dilation), grad);
 }
 
 }  // namespace

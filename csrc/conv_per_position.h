@@ -26,17 +26,16 @@ struct PerPosition {
 // Positions or channels that pieces of `size` cover.
 inline int64_t pieces(int64_t whole, int64_t size) { return (whole + size - 1) / size; }
 
+// What a call computes.
+enum class Wanted { output, input_gradient, weight_gradient };
+
 DYNACONV_DECLARE(namespace per_position {
   // Whether channels, rather than positions, lie in the lanes of a vector.
-  template <class T> bool by_channels(const PerPosition&);
+  template <class T> bool by_channels(Wanted, const PerPosition&);
   // Bytes of scratch that a thread needs.
-  template <class T> int64_t output_scratch(const PerPosition&);
-  template <class T> int64_t input_scratch(const PerPosition&);
-  template <class T> int64_t weight_scratch(const PerPosition&);
+  template <class T> int64_t scratch(Wanted, const PerPosition&);
   // The tasks from begin to end.
-  template <class T> void output(const PerPosition&, int64_t begin, int64_t end, void* scratch);
-  template <class T> void input(const PerPosition&, int64_t begin, int64_t end, void* scratch);
-  template <class T> void weight(const PerPosition&, int64_t begin, int64_t end, void* scratch);
+  template <class T> void run(Wanted, const PerPosition&, int64_t begin, int64_t end, void* scratch);
 })
 
 }  // namespace dynaconv

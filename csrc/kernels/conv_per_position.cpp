@@ -23,6 +23,12 @@ DYNACONV_INLINE int64_t whole(int64_t n) {
   return (n + lanes - 1) / lanes * lanes;
 }
 
+// Whether a group fills the lanes of a vector well enough.
+template <class T>
+bool many_channels(const PerPosition& a) {
+  return 2 * a.channels >= VectorOf<Compute<T>>::lanes;
+}
+
 // What one task computes: channels [c, c + channels) of each of its groups, a box of positions.
 struct Piece {
   int64_t n, g, groups, c, channels, from[3], size[3];
@@ -175,7 +181,7 @@ Row<C> weights(const PerPosition& a, const Piece& p, int64_t g, const int64_t (&
   const T* w = static_cast<const T*>(a.weight) + p.n * a.w_stride[0] + (p.g + g) * a.w_stride[1] +
                at[0] * a.at[0] + at[1] * a.at[1] + at[2] * a.at[2];
   if constexpr (sizeof(T) == sizeof(C))
-    if (a.at[2] == 1 || (a.tap[2] == 1 && by_channels<T>(a)))
+    if (a.at[2] == 1 || (a.tap[2] == 1 && many_channels<T>(a)))
       return {w, {a.tap[0], a.tap[1], a.tap[2]}, a.at[2], a.at[1]};
   const int64_t pitch = whole<C>(count), k1 = a.kernel[1], k2 = a.kernel[2];
   if (a.tap[0] == k1 * a.tap[1] && a.tap[1] == k2 * a.tap[2]) {
@@ -394,11 +400,6 @@ DYNACONV_INLINE void weight_vector(const PerPosition& a, const C* x, const Box& 
 
 // Tasks --------------------------------------------------------------------------------------
 
-template <class T>
-bool by_channels(const PerPosition& a) {
-  return 2 * a.channels >= VectorOf<Compute<T>>::lanes;
-}
-
 // The box of input that a piece of the output sees, in the layout for outputs and weights.
 template <class T>
 Box input_box(const PerPosition& a, const int64_t (&size)[3], int64_t channels, bool lanes) {
@@ -427,7 +428,7 @@ int64_t row_numbers(const PerPosition& a, int64_t count) {
 template <class T>
 int64_t output_scratch(const PerPosition& a) {
   typedef Compute<T> C;
-  const bool lanes = by_channels<T>(a);
+  const bool lanes = many_channels<T>(a);
   const int64_t channels = a.chunk * a.bundle;
   return sizeof(C) * (numbers(input_box<T>(a, a.tile, channels, lanes), channels) +
                       numbers(output_box<T>(a.tile, channels, lanes), channels) +
@@ -479,7 +480,7 @@ void output_row_by_position(const PerPosition& a, const Piece& p, const C* x, co
 template <class T>
 void output(const PerPosition& a, int64_t begin, int64_t end, void* scratch) {
   typedef Compute<T> C;
-  const bool lanes = by_channels<T>(a);
+  const bool lanes = many_channels<T>(a);
   for (int64_t task = begin; task < end; ++task) {
     const Piece p = piece_of(a, a.out, task);
     const Box seen = input_box<T>(a, p.size, p.all(), lanes);
@@ -524,7 +525,7 @@ inline Range seeing(const PerPosition& a, int d, int64_t from, int64_t size) {
 template <class T>
 int64_t input_scratch(const PerPosition& a) {
   typedef Compute<T> C;
-  const bool lanes = by_channels<T>(a);
+  const bool lanes = many_channels<T>(a);
   int64_t up[3];
   for (int d = 0; d < 3; ++d)
     up[d] = (a.tile[d] - 1 + (a.kernel[d] - 1) * a.dilation[d]) / a.stride[d] + 2;
@@ -590,7 +591,7 @@ void write_row(const PerPosition& a, const Piece& p, const Range& up, const Box&
 template <class T>
 void input(const PerPosition& a, int64_t begin, int64_t end, void* scratch) {
   typedef Compute<T> C;
-  const bool lanes = by_channels<T>(a);
+  const bool lanes = many_channels<T>(a);
   for (int64_t task = begin; task < end; ++task) {
     const Piece p = piece_of(a, a.in, task);
     Range up[3];
@@ -706,14 +707,33 @@ void weight(const PerPosition& a, int64_t begin, int64_t end, void* scratch) {
   }
 }
 
-#define INSTANTIATE(T)                                                     \
-  template bool by_channels<T>(const PerPosition&);                        \
-  template int64_t output_scratch<T>(const PerPosition&);                  \
-  template int64_t input_scratch<T>(const PerPosition&);                   \
-  template int64_t weight_scratch<T>(const PerPosition&);                  \
-  template void output<T>(const PerPosition&, int64_t, int64_t, void*);    \
-  template void input<T>(const PerPosition&, int64_t, int64_t, void*);     \
-  template void weight<T>(const PerPosition&, int64_t, int64_t, void*);
+template <class T>
+bool by_channels(Wanted wanted, const PerPosition& a) {
+  return wanted != Wanted::weight_gradient && many_channels<T>(a);
+}
+
+template <class T>
+int64_t scratch(Wanted wanted, const PerPosition& a) {
+  switch (wanted) {
+    case Wanted::output: return output_scratch<T>(a);
+    case Wanted::input_gradient: return input_scratch<T>(a);
+    default: return weight_scratch<T>(a);
+  }
+}
+
+template <class T>
+void run(Wanted wanted, const PerPosition& a, int64_t begin, int64_t end, void* scratch) {
+  switch (wanted) {
+    case Wanted::output: return output<T>(a, begin, end, scratch);
+    case Wanted::input_gradient: return input<T>(a, begin, end, scratch);
+    default: return weight<T>(a, begin, end, scratch);
+  }
+}
+
+#define INSTANTIATE(T)                                      \
+  template bool by_channels<T>(Wanted, const PerPosition&); \
+  template int64_t scratch<T>(Wanted, const PerPosition&);  \
+  template void run<T>(Wanted, const PerPosition&, int64_t, int64_t, void*);
 INSTANTIATE(float)
 INSTANTIATE(double)
 INSTANTIATE(bfloat16)

@@ -1,9 +1,6 @@
 """conv_per_sample and conv_mixture in C++ against the reference: every way a call is cut up."""
 
 import importlib
-import os
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -14,25 +11,19 @@ import dynaconv
 from dynaconv import functional
 from dynaconv.backends.native import library
 from dynaconv.testing import TOLERANCE, check_primitive, close, samples
+from tests.backends.native import (
+    FORMATS,
+    LAYOUTS,
+    channels_last,
+    needs_the_library,
+    on_instruction_set,
+)
 
-pytestmark = pytest.mark.skipif(library.MISSING is not None, reason=str(library.MISSING))
+pytestmark = needs_the_library
 PRIMITIVES = ["conv_per_sample", "conv_mixture"]
 every_primitive = pytest.mark.parametrize("primitive", PRIMITIVES)
 every_rank = pytest.mark.parametrize("rank", [1, 2, 3])
 native = {p: importlib.import_module(f"dynaconv.backends.native.{p}") for p in PRIMITIVES}
-FORMATS = {4: torch.channels_last, 5: torch.channels_last_3d}
-
-
-def channels_last(t):
-    return t.contiguous(memory_format=FORMATS[t.dim()]) if t.dim() in FORMATS else t
-
-
-LAYOUTS = {
-    "channels_last": channels_last,
-    "transposed": lambda t: t.transpose(0, -1).contiguous().transpose(0, -1),
-    "offset": lambda t: torch.cat([t, t])[len(t) :],
-    "strided": lambda t: torch.stack([t, t], -1)[..., 1],
-}
 
 
 def always(monkeypatch):
@@ -124,14 +115,7 @@ def test_layouts(primitive, layout, poisoned):
 
 @pytest.mark.parametrize("name", ["portable", "avx2"])
 def test_each_instruction_set(name):
-    code = (
-        "import sys; sys.path.insert(0, sys.argv[1]); import test_native_conv_per_sample as t; "
-        "t.run_on_one_instruction_set(sys.argv[2])"
-    )
-    environment = os.environ | {"DYNACONV_ISA": name}
-    command = [sys.executable, "-c", code, os.path.dirname(__file__), name]
-    result = subprocess.run(command, env=environment, capture_output=True, text=True)
-    assert result.returncode == 0, result.stderr
+    on_instruction_set(name, __file__, run_on_one_instruction_set)
 
 
 def run_on_one_instruction_set(name):

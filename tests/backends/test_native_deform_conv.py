@@ -1,8 +1,5 @@
 """deform_conv in C++ against the reference: values, gradients, and every way a call is cut up."""
 
-import os
-import subprocess
-import sys
 from itertools import product
 from math import prod
 
@@ -18,21 +15,11 @@ from dynaconv.backends.native.deform_conv import operator
 from dynaconv.functional.deform_conv import prepare
 from dynaconv.shapes import Geometry
 from dynaconv.testing import TOLERANCE, check_primitive, close, samples
+from tests.backends.native import LAYOUTS, channels_last, needs_the_library, on_instruction_set
 
-pytestmark = pytest.mark.skipif(library.MISSING is not None, reason=str(library.MISSING))
+pytestmark = needs_the_library
 every_rank = pytest.mark.parametrize("rank", [1, 2, 3])
-FORMATS = {4: torch.channels_last, 5: torch.channels_last_3d}
-
-
-def channels_last(t):
-    return t.contiguous(memory_format=FORMATS[t.dim()]) if t.dim() in FORMATS else t
-
-
-LAYOUTS = {
-    "channels_last": channels_last,
-    "transposed": lambda t: t.transpose(0, -1).contiguous().transpose(0, -1),
-    "offset": lambda t: torch.cat([t, t])[len(t) :],
-    "strided": lambda t: torch.stack([t, t], -1)[..., 1],
+LAYOUTS = LAYOUTS | {
     "channels_of_more": lambda t: (
         channels_last(torch.cat([t, t], 1))[:, t.shape[1] :] if t.dim() > 1 else t
     ),
@@ -107,14 +94,7 @@ def test_layouts(layout, poisoned):
 
 @pytest.mark.parametrize("name", ["portable", "avx2"])
 def test_each_instruction_set(name):
-    code = (
-        "import sys; sys.path.insert(0, sys.argv[1]); import test_native_deform_conv as t; "
-        "t.run_on_one_instruction_set(sys.argv[2])"
-    )
-    environment = os.environ | {"DYNACONV_ISA": name}
-    command = [sys.executable, "-c", code, os.path.dirname(__file__), name]
-    result = subprocess.run(command, env=environment, capture_output=True, text=True)
-    assert result.returncode == 0, result.stderr
+    on_instruction_set(name, __file__, run_on_one_instruction_set)
 
 
 def run_on_one_instruction_set(name):

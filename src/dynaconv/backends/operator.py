@@ -45,6 +45,7 @@ class Operator:
         shape: Callable[..., tuple[int, ...]],
         flops: Callable[..., int],
     ) -> None:
+        self.signature = (tensors, shared, settings)
         self.count = len(tensors)
         self.shared = [t.rstrip("?") in shared for t in tensors]
         self.reference, self.shape, self.flops = reference, shape, flops
@@ -74,6 +75,16 @@ class Operator:
 
     def __call__(self, *args: Any) -> Tensor:
         return self.forward(*args)
+
+    def twin(
+        self,
+        name: str,
+        forward: Callable[..., Tensor],
+        backward: Callable[..., list[Tensor | None]],
+    ) -> "Operator":
+        """The same operator computed in another way."""
+        formula = (self.reference, self.shape, self.flops)
+        return Operator(name, *self.signature, forward, backward, *formula)
 
     # Kernels -------------------------------------------------------------------------------
 

@@ -196,14 +196,19 @@ operator = Operator(
 )
 
 
-def conv_mixture(
+def arguments(
     input: Tensor,
     weight: Tensor,
     coefficients: Tensor,
     bias: Tensor | None,
     geometry: Geometry,
     groups: int,
-) -> Tensor:
+) -> tuple:
+    """A call as the operator takes it: with the bias of each sample."""
     if bias is not None:
         bias = coefficients @ bias if bias.dim() == 2 else bias.expand(input.shape[0], -1)
-    return operator(input, weight, coefficients, bias, *map(list, geometry[1:]), groups)
+    return (input, weight, coefficients, bias, *map(list, geometry[1:]), groups)
+
+
+def conv_mixture(*args: Any) -> Tensor:
+    return operator(*arguments(*args))

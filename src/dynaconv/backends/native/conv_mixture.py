@@ -9,10 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dynaconv.backends.eager.conv_mixture import arguments
 from dynaconv.backends.eager.conv_mixture import operator as eager
 from dynaconv.backends.native.conv_per_sample import kernels, serves
-from dynaconv.backends.operator import GEOMETRY, Operator, gradient_like, output_like
-from dynaconv.shapes import Geometry
+from dynaconv.backends.operator import gradient_like, output_like
 
 
 def _forward(
@@ -53,27 +53,8 @@ def _backward(
     return [gx, gw, gc, grad.flatten(2).sum(2) if mask[3] else None]
 
 
-operator = Operator(
-    "native_conv_mixture",
-    ("input", "weight", "coefficients", "bias?"),
-    ("weight",),
-    f"{GEOMETRY}, int groups",
-    _forward,
-    _backward,
-    eager.reference,
-    eager.shape,
-    eager.flops,
-)
+operator = eager.twin("native_conv_mixture", _forward, _backward)
 
 
-def conv_mixture(
-    input: Tensor,
-    weight: Tensor,
-    coefficients: Tensor,
-    bias: Tensor | None,
-    geometry: Geometry,
-    groups: int,
-) -> Tensor:
-    if bias is not None:
-        bias = coefficients @ bias if bias.dim() == 2 else bias.expand(input.shape[0], -1)
-    return operator(input, weight, coefficients, bias, *map(list, geometry[1:]), groups)
+def conv_mixture(*args: Any) -> Tensor:
+    return operator(*arguments(*args))

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from dynaconv.backends.eager.conv_per_position import operator as eager
-from dynaconv.backends.operator import GEOMETRY, Operator, gradient_like, output_like
+from dynaconv.backends.operator import gradient_like, output_like
 from dynaconv.shapes import Geometry
 
 kernels = torch.ops.dynaconv_native
@@ -30,17 +30,7 @@ def _backward(grad: Tensor, input: Tensor, weight: Tensor, *rest: Any) -> list[T
     return [gx, gw]
 
 
-operator = Operator(
-    "native_conv_per_position",
-    ("input", "weight"),
-    (),
-    GEOMETRY,
-    _forward,
-    _backward,
-    eager.reference,
-    eager.shape,
-    eager.flops,
-)
+operator = eager.twin("native_conv_per_position", _forward, _backward)
 
 
 def conv_per_position(input: Tensor, weight: Tensor, geometry: Geometry) -> Tensor:

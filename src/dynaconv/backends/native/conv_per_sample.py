@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from dynaconv.backends.eager.conv_per_sample import operator as eager
-from dynaconv.backends.operator import GEOMETRY, Operator, gradient_like, output_like
+from dynaconv.backends.operator import gradient_like, output_like
 from dynaconv.shapes import Geometry
 
 # Positions a channel up to which the kernels here are used: for more taps than one in float32 and
@@ -59,17 +59,7 @@ def _backward(
     return [gx, gw, grad.flatten(2).sum(2) if mask[2] else None]
 
 
-operator = Operator(
-    "native_conv_per_sample",
-    ("input", "weight", "bias?"),
-    (),
-    f"{GEOMETRY}, int groups",
-    _forward,
-    _backward,
-    eager.reference,
-    eager.shape,
-    eager.flops,
-)
+operator = eager.twin("native_conv_per_sample", _forward, _backward)
 
 
 def conv_per_sample(

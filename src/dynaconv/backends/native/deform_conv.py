@@ -1,22 +1,12 @@
 """deform_conv in C++: csrc/kernels/deform_conv.cpp says how."""
 
-from math import prod
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from dynaconv.backends import reference
-from dynaconv.backends.operator import GEOMETRY, Operator, gradient_like, output_like
-from dynaconv.shapes import Geometry
-
-
-def _geometry(weight: Tensor, settings: tuple) -> Geometry:
-    return Geometry(tuple(weight.shape[2:]), *map(tuple, settings[:3]))
-
-
-def _shape(input: Tensor, offset: Tensor, weight: Tensor, *rest: object) -> tuple[int, ...]:
-    return (input.shape[0], weight.shape[0], *offset.shape[2:])
+from dynaconv.backends.eager.deform_conv import operator as eager
+from dynaconv.backends.operator import gradient_like, output_like
 
 
 def _planes(*tensors: Tensor | None) -> list[Tensor | None]:
@@ -37,7 +27,7 @@ def _forward(
     modulation: Tensor | None,
     *settings: Any,
 ) -> Tensor:
-    output = output_like(input, _shape(input, offset, weight))
+    output = output_like(input, eager.shape(input, offset, weight))
     torch.ops.dynaconv_native.deform_conv(
         *_planes(input, offset, weight.contiguous()),
         None if bias is None else bias.contiguous(),
@@ -72,45 +62,9 @@ def _backward(
     return [gx, goffset, gweight, grad.sum(over) if mask[3] else None, gmodulation]
 
 
-def _reference(
-    input: Tensor,
-    offset: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    modulation: Tensor | None,
-    *settings: Any,
-) -> Tensor:
-    geometry, groups = _geometry(weight, settings), settings[3]
-    return reference.deform_conv(input, offset, weight, bias, modulation, geometry, groups)
+operator = eager.twin("native_deform_conv", _forward, _backward)
 
 
-def _flops(input: tuple, offset: tuple, weight: tuple, *rest: Any) -> int:
-    """Interpolation at every tap, and the convolution."""
-    rank, positions = len(input) - 2, input[0] * prod(offset[2:])
-    sampling = 2**rank * positions * input[1] * prod(weight[2:])
-    return 2 * (sampling + positions * prod(weight))
-
-
-operator = Operator(
-    "native_deform_conv",
-    ("input", "offset", "weight", "bias?", "modulation?"),
-    ("weight", "bias"),
-    f"{GEOMETRY}, int groups",
-    _forward,
-    _backward,
-    _reference,
-    _shape,
-    _flops,
-)
-
-
-def deform_conv(
-    input: Tensor,
-    offset: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    modulation: Tensor | None,
-    geometry: Geometry,
-    groups: int,
-) -> Tensor:
-    return operator(input, offset, weight, bias, modulation, *map(list, geometry[1:]), groups)
+def deform_conv(*args: Any) -> Tensor:
+    *tensors, geometry, groups = args
+    return operator(*tensors, *map(list, geometry[1:]), groups)
