@@ -65,6 +65,18 @@ VALUES = [
         r"bias has shape \(2, 8\); give \(3, 8\)",
     ),
     (MIXTURE, (X, T(3, 8, 16, 3, 3), T(4, 3), T(3)), {}, r"bias has shape \(3,\); give \(8,\)"),
+    (
+        MIXTURE,
+        (X, T(3, 8, 16, 3, 3), T(4, 3, 3, 2)),
+        {},
+        r"coefficients has shape \(4, 3, 3, 2\); give \(4, 3, 3, 3\)",
+    ),
+    (
+        MIXTURE,
+        (X, T(3, 8, 16, 3, 3), T(4, 3, 3, 3), T(3, 8)),
+        {},
+        r"bias has shape \(3, 8\); give \(8,\)",
+    ),
     (PER_POSITION, (X, T(4, 2, 3, 3, 9, 9)), {}, r"weight has shape .*; give \(4, G, 3, 3, 7, 7\)"),
     (PER_POSITION, (X, T(4, 5, 3, 3, 7, 7)), {}, "groups=5 does not divide 16 input channels"),
     (PER_POSITION, (X, T(4, 9, 7, 7)), {}, r"give \(4, G, k, k, l_out, l_out\)"),
