@@ -57,6 +57,8 @@ class DynamicConv(nn.Module):
     sized_like_conv: ClassVar[bool] = True
     # Submodules whose cost is the convolution itself, not the making of its kernel.
     convolving: ClassVar[tuple[str, ...]] = ()
+    # Parameters that a norm behind them takes out again: their gradient is rounding at most.
+    absorbed: ClassVar[tuple[str, ...]] = ()
 
     weight: nn.Parameter
     bias: nn.Parameter | None

@@ -34,6 +34,8 @@ class SKAConv(DynamicConv):
         residual: y = bn(y) + x instead, the paper's LSConv; needs an output shaped like the input.
     """
 
+    absorbed = ("norms.1.bias",)
+
     def build(
         self,
         group_channels: int = 8,

@@ -49,6 +49,7 @@ class SnakeConv(DynamicConv):
     """
 
     exact_options = {"border": "zeros"}
+    absorbed = ("offset_conv.bias",)
     offset_conv: ConvNd | None
     norm: nn.GroupNorm | SafeBatchNorm | None
 
