@@ -24,6 +24,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dynaconv import backend, explain
+from dynaconv.backends.native.library import instruction_set
 
 CONVS = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
 ROUNDS, SECONDS = 7, 1.0
@@ -248,6 +249,7 @@ def header(script: str) -> None:
     """What the numbers below depend on."""
     print(f"## {Path(script).stem}\n")
     print(f"{processor()}, {torch.get_num_threads()} threads, torch {torch.__version__}, float32.")
+    print(f"C++ kernels: {instruction_set() or 'not built'}.")
     print("Ratios are to the first line of each table, median over rounds taken in turns.")
 
 
