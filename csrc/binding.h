@@ -48,7 +48,6 @@ void with_dtype(const Tensor& tensor, const F& f) {
   }
 }
 
-// The number of elements where it indexes into an int64_t list of strides.
 inline Ints strides_of(const Tensor& t) {
   const auto s = t.strides();
   return Ints(s.begin(), s.end());

@@ -35,7 +35,8 @@ DYNACONV_DECLARE(namespace per_position {
   // Bytes of scratch that a thread needs.
   template <class T> int64_t scratch(Wanted, const PerPosition&);
   // The tasks from begin to end.
-  template <class T> void run(Wanted, const PerPosition&, int64_t begin, int64_t end, void* scratch);
+  template <class T>
+  void run(Wanted, const PerPosition&, int64_t begin, int64_t end, void* scratch);
 })
 
 }  // namespace dynaconv

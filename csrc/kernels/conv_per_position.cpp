@@ -533,7 +533,8 @@ int64_t input_scratch(const PerPosition& a) {
   const int64_t size[3] = {a.tile[0], a.tile[1], width};
   const int64_t channels = a.chunk * a.bundle;
   const Box box = lanes ? by_channel<C>(size, channels) : by_position<C>(size, width);
-  return sizeof(C) * (numbers(box, channels) + numbers(output_box<T>(up, channels, lanes), channels) +
+  return sizeof(C) * (numbers(box, channels) +
+                      numbers(output_box<T>(up, channels, lanes), channels) +
                       row_numbers<C>(a, up[2]));
 }
 
@@ -546,8 +547,10 @@ void send_back(const PerPosition& a, const Piece& p, const Range (&up)[3], int64
   const C* from = g + d * given.plane + h * given.row + group * p.channels * given.step.channel;
   for (int64_t i = 0; i < a.kernel[0]; ++i)
     for (int64_t j = 0; j < a.kernel[1]; ++j) {
-      const int64_t z = (up[0].from + d) * a.stride[0] - a.padding[0] + i * a.dilation[0] - p.from[0];
-      const int64_t y = (up[1].from + h) * a.stride[1] - a.padding[1] + j * a.dilation[1] - p.from[1];
+      const int64_t z =
+          (up[0].from + d) * a.stride[0] - a.padding[0] + i * a.dilation[0] - p.from[0];
+      const int64_t y =
+          (up[1].from + h) * a.stride[1] - a.padding[1] + j * a.dilation[1] - p.from[1];
       if (z < 0 || z >= p.size[0] || y < 0 || y >= p.size[1]) continue;
       C* row = x + z * box.plane + y * box.row + group * p.channels * box.step.channel;
       const C* weight = w.data + i * w.tap[0] + j * w.tap[1];
@@ -574,7 +577,8 @@ void write_row(const PerPosition& a, const Piece& p, const Range& up, const Box&
   const int64_t right = most(left, least(p.size[2], reach - start));
   for (int64_t c = 0; c < p.all(); ++c) {
     for (int64_t q = 0; q < left; ++q) to[c * x.channel + q * x.space[2]] = narrow<T>(C(0));
-    for (int64_t q = right; q < p.size[2]; ++q) to[c * x.channel + q * x.space[2]] = narrow<T>(C(0));
+    for (int64_t q = right; q < p.size[2]; ++q)
+      to[c * x.channel + q * x.space[2]] = narrow<T>(C(0));
   }
   if (lanes || s == 1)
     return move(p.all(), right - left, row + (start + left) * box.step.position, box.step,
