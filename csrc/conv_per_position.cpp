@@ -41,8 +41,9 @@ PerPosition call(const Tensor& input, const Tensor& weight, const Tensor& output
 }
 
 int64_t count_tasks(const PerPosition& a, const int64_t (&space)[3], bool chunked) {
-  int64_t tasks = a.batch * pieces(a.groups, a.bundle) * (chunked ? pieces(a.channels, a.chunk) : 1);
-  for (int d = 0; d < 3; ++d) tasks *= pieces(space[d], a.tile[d]);
+  int64_t tasks = a.batch * ceil_div(a.groups, a.bundle);
+  if (chunked) tasks *= ceil_div(a.channels, a.chunk);
+  for (int d = 0; d < 3; ++d) tasks *= ceil_div(space[d], a.tile[d]);
   return tasks;
 }
 

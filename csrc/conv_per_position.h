@@ -23,9 +23,6 @@ struct PerPosition {
   int64_t tasks;
 };
 
-// Positions or channels that pieces of `size` cover.
-inline int64_t pieces(int64_t whole, int64_t size) { return (whole + size - 1) / size; }
-
 // What a call computes.
 enum class Wanted { output, input_gradient, weight_gradient };
 

@@ -14,7 +14,6 @@ namespace {
 using torch::stable::parallel_for;
 using MaybeTensor = std::optional<Tensor>;
 
-int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 int64_t rounded_up(int64_t value, int64_t step) { return ceil_div(value, step) * step; }
 int64_t threads() { return std::max<int64_t>(1, torch::stable::get_num_threads()); }
 

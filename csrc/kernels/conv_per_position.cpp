@@ -38,16 +38,16 @@ struct Piece {
 inline Piece piece_of(const PerPosition& a, const int64_t (&space)[3], int64_t task) {
   Piece p;
   for (int d = 2; d >= 0; --d) {
-    const int64_t count = pieces(space[d], a.tile[d]);
+    const int64_t count = ceil_div(space[d], a.tile[d]);
     p.from[d] = task % count * a.tile[d];
     p.size[d] = least(a.tile[d], space[d] - p.from[d]);
     task /= count;
   }
-  const int64_t chunks = pieces(a.channels, a.chunk);
+  const int64_t chunks = ceil_div(a.channels, a.chunk);
   p.c = task % chunks * a.chunk;
   p.channels = least(a.chunk, a.channels - p.c);
   task /= chunks;
-  const int64_t bundles = pieces(a.groups, a.bundle);
+  const int64_t bundles = ceil_div(a.groups, a.bundle);
   p.g = task % bundles * a.bundle;
   p.groups = least(a.bundle, a.groups - p.g);
   p.n = task / bundles;

@@ -25,8 +25,7 @@ constexpr int64_t kPiece = 36 << 10, kSums = 256 << 10, kColumns = 384 << 10;
 // Samples at most that are mixed for at a time, and together.
 constexpr int64_t kSlice = 32, kTogether = 4;
 
-DYNACONV_INLINE int64_t up(int64_t a, int64_t b) { return (a + b - 1) / b; }
-DYNACONV_INLINE int64_t down(int64_t a, int64_t b) { return a >= 0 ? a / b : -up(-a, b); }
+DYNACONV_INLINE int64_t down(int64_t a, int64_t b) { return a >= 0 ? a / b : -ceil_div(-a, b); }
 
 // Transposing -------------------------------------------------------------------------------------
 
@@ -83,7 +82,7 @@ Rows rows_of(const Axis* axes, bool transposed) {
   Rows rows;
   rows.phases = transposed ? 1 : x.stride;
   rows.out_phases = transposed ? x.stride : 1;
-  rows.width = up(x.to, rows.out_phases);
+  rows.width = ceil_div(x.to, rows.out_phases);
   rows.first = transposed ? down(x.padding - reach, x.stride) : down(-x.padding, x.stride);
   const int64_t last = transposed ? down(x.stride - 1 + x.padding, x.stride)
                                   : down(reach - x.padding, x.stride);
@@ -96,7 +95,7 @@ Rows rows_of(const Axis* axes, bool transposed) {
 
 // Positions in a row of this phase.
 DYNACONV_INLINE int64_t width_of(const Axis& x, const Rows& rows, int64_t phase) {
-  return phase < x.to ? up(x.to - phase, rows.out_phases) : 0;
+  return phase < x.to ? ceil_div(x.to - phase, rows.out_phases) : 0;
 }
 
 template <class S>
@@ -107,7 +106,7 @@ void spread(const S* from, const int64_t* strides, int64_t channels, const Axis*
       for (int64_t y = 0; y < axes[1].from; ++y) {
         const S* const line = from + c * strides[0] + z * strides[1] + y * strides[2];
         for (int64_t phase = 0; phase < rows.phases; ++phase, to += rows.length) {
-          const int64_t real = up(most<int64_t>(axes[2].from - phase, 0), rows.phases);
+          const int64_t real = ceil_div(most<int64_t>(axes[2].from - phase, 0), rows.phases);
           const int64_t begin = least(most<int64_t>(-rows.first, 0), rows.length);
           const int64_t end = most(least(real - rows.first, rows.length), begin);
           const S* const start = line + phase * strides[3];
@@ -278,22 +277,22 @@ struct Plan {
       : rows(rows_of(job.axes, job.transposed)) {
     vectors = rows.width <= kShort && job.to_channels > 2 * lanes ? 4 : 2;
     width = vectors * lanes;
-    blocks = up(job.to_channels, width);
+    blocks = ceil_div(job.to_channels, width);
     const int64_t most_channels = most<int64_t>(kPiece / (width * job.taps * bytes), 1);
-    pieces = up(job.from_channels, most_channels);
-    chunk = up(job.from_channels, pieces);
+    pieces = ceil_div(job.from_channels, most_channels);
+    chunk = ceil_div(job.from_channels, pieces);
     sums = rows.positions * width;
     const int64_t fit = most<int64_t>(kSums / (sums * bytes), 1);
     slice = job.experts ? least(least(fit, kSlice), job.batch) : 1;
-    slices = up(job.batch, slice);
-    slice = up(job.batch, slices);
-    inputs = up(job.from_channels * rows.plane, lanes) * lanes;
+    slices = ceil_div(job.batch, slice);
+    slice = ceil_div(job.batch, slices);
+    inputs = ceil_div(job.from_channels * rows.plane, lanes) * lanes;
     piece = chunk * job.taps * width;
     where = rows.count * job.taps;
   }
   int64_t scratch(const ConvPerSample& job, int64_t bytes) const {
     const int64_t weights = job.experts ? (job.experts + kTogether) * piece : piece;
-    const int64_t places = up((where + 2 * job.taps) * 8, bytes);
+    const int64_t places = ceil_div((where + 2 * job.taps) * 8, bytes);
     const int64_t coefficients = kTogether * job.experts * most<int64_t>(job.kinds, 1);
     return slice * (inputs + sums) + weights + coefficients + places + 64;
   }
@@ -317,7 +316,8 @@ struct Convolution {
     experts = packed + (job.experts ? kTogether : 1) * plan.piece;
     coefficients = experts + job.experts * plan.piece;
     const int64_t numbers = job.experts ? kTogether * job.experts * job.kinds : 0;
-    where = reinterpret_cast<int64_t*>(coefficients + up(numbers * sizeof(T), 8) * 8 / sizeof(T));
+    where = reinterpret_cast<int64_t*>(coefficients +
+                                       ceil_div(numbers * sizeof(T), 8) * 8 / sizeof(T));
     taps = reinterpret_cast<Tap*>(where + plan.where);
     locate(job.axes, job.transposed, plan.rows, where);
   }
@@ -412,7 +412,8 @@ struct Convolution {
     const int64_t outer = job.transposed ? begin : channel;
     const int64_t inner = job.transposed ? channel : begin;
     const int64_t offset = outer * step + inner * taps;
-    return {reinterpret_cast<const char*>(kernel + offset), rows, up(run * taps * sizeof(S), 64),
+    return {reinterpret_cast<const char*>(kernel + offset), rows,
+            ceil_div(run * taps * sizeof(S), 64),
             step * static_cast<int64_t>(sizeof(S))};
   }
 
@@ -420,8 +421,8 @@ struct Convolution {
   void accumulate(const T* input, const T* weight, int64_t begin, int64_t count, T* sum,
                   Ahead* ahead) {
     const int64_t longest = plan.vectors == 4 ? kShort : kLong;
-    const int64_t tiles = up(plan.rows.width, longest) * plan.rows.count;
-    const int64_t lines = ahead ? up(ahead->rows * ahead->lines, tiles * count) : 0;
+    const int64_t tiles = ceil_div(plan.rows.width, longest) * plan.rows.count;
+    const int64_t lines = ahead ? ceil_div(ahead->rows * ahead->lines, tiles * count) : 0;
     for (int64_t row = 0; row < plan.rows.count; ++row) {
       const int64_t width = width_of(job.axes[2], plan.rows, row % plan.rows.out_phases);
       int64_t used = 0;
@@ -429,7 +430,7 @@ struct Convolution {
         const int64_t place = where[row * job.taps + t];
         if (place >= 0) taps[used++] = {place, t * plan.width};
       }
-      const int64_t parts = up(width, longest);
+      const int64_t parts = ceil_div(width, longest);
       for (int64_t i = 0; i < parts; ++i) {
         const int64_t start = part(width, parts, i), positions = part(width, parts, i + 1) - start;
         const Tile<T> tile = {input + begin * plan.rows.plane + start,
@@ -490,17 +491,17 @@ struct GradientPlan {
       : rows(rows_of(job.axes, false)) {
     width = 2 * lanes;
     pairs = job.in_channels * job.taps;
-    panels = up(pairs, width);
+    panels = ceil_div(pairs, width);
     column = rows.positions * width;
     span = job.experts ? 1 : least(most<int64_t>(kColumns / (column * bytes), 1), panels);
-    tasks_each = up(panels, span);
-    span = up(panels, tasks_each);
-    tiles = up(job.out_channels, kLong);
+    tasks_each = ceil_div(panels, span);
+    span = ceil_div(panels, tasks_each);
+    tiles = ceil_div(job.out_channels, kLong);
     slice = job.experts ? least(kSlice, job.batch) : 1;
     const int64_t channels = least(span * width / job.taps + 2, job.in_channels);
-    inputs = up(channels * rows.plane + lanes, lanes) * lanes;
+    inputs = ceil_div(channels * rows.plane + lanes, lanes) * lanes;
     columns = slice * span * column;
-    gradients = slice * up(rows.positions * job.out_channels, lanes) * lanes;
+    gradients = slice * ceil_div(rows.positions * job.out_channels, lanes) * lanes;
     tile = kLong * width;
   }
   int64_t tasks(const KernelGradient& job) const {
@@ -509,7 +510,7 @@ struct GradientPlan {
   int64_t scratch(const KernelGradient& job, int64_t bytes, int64_t lanes) const {
     const int64_t zeros = rows.length + 2 * lanes;
     const int64_t tiles = job.experts ? (2 * job.experts + kTogether) * tile : tile;
-    const int64_t places = up(rows.count * job.taps * 8, bytes);
+    const int64_t places = ceil_div(rows.count * job.taps * 8, bytes);
     return inputs + columns + gradients + tiles + zeros + places + 64;
   }
 };
@@ -530,7 +531,7 @@ struct Gradient {
     gradients = tiles + (job.experts ? 2 * job.experts + kTogether : 1) * plan.tile;
     inputs = gradients + plan.gradients;
     zeros = inputs + plan.inputs;
-    where = reinterpret_cast<int64_t*>(zeros + up(plan.rows.length + n, n) * n);
+    where = reinterpret_cast<int64_t*>(zeros + ceil_div(plan.rows.length + n, n) * n);
     for (int64_t i = 0; i < plan.rows.length + n; ++i) zeros[i] = 0;
     locate(job.axes, false, plan.rows, where);
   }
@@ -613,7 +614,7 @@ struct Gradient {
   // What the window shows at each position for panels `first` to `last`: to[panel][position][pair].
   void lay_columns(int64_t sample, int64_t first, int64_t last, T* to) {
     const int64_t begin = first * plan.width / job.taps;
-    const int64_t end = up(least(last * plan.width, plan.pairs), job.taps);
+    const int64_t end = ceil_div(least(last * plan.width, plan.pairs), job.taps);
     const S* const from = static_cast<const S*>(job.input) + sample * job.input_strides[0] +
                           begin * job.input_strides[1];
     spread(from, job.input_strides + 1, end - begin, job.axes, plan.rows, inputs);

@@ -9,7 +9,6 @@ namespace {
 
 constexpr int64_t POINTS = DEFORM_POINTS, ROW = DEFORM_ROW;
 
-DYNACONV_INLINE int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 DYNACONV_INLINE int64_t padded(int64_t columns) {
   return ceil_div(columns, DEFORM_PAD) * DEFORM_PAD;
 }

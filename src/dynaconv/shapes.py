@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from typing import NamedTuple
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -115,3 +116,11 @@ def windows(x: Tensor, geometry: Geometry) -> Tensor:
 def zero_padded(x: Tensor, geometry: Geometry) -> Tensor:
     """x (N, C, *L) with the geometry's zeros around it."""
     return F.pad(x, [p for pad in reversed(geometry.padding) for p in (pad, pad)])
+
+
+def mixed(weight: Tensor, coefficients: Tensor) -> Tensor:
+    """sum_e coefficients[n, e] * weight[e]: coefficients (N, E), or (N, E, *K) for each tap."""
+    if coefficients.dim() == 2:
+        return torch.einsum("ne,e...->n...", coefficients, weight)
+    by_tap = torch.einsum("nek,eock->nock", coefficients.flatten(2), weight.flatten(3))
+    return by_tap.unflatten(3, weight.shape[3:])

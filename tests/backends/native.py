@@ -6,6 +6,7 @@ import sys
 
 import pytest
 import torch
+from hypothesis import strategies as st
 
 import dynaconv
 from dynaconv import functional
@@ -49,6 +50,16 @@ def check(primitive, tensors, settings, tolerance=None, **choices):
     for what, value in run("native", primitive, tensors, settings, **choices).items():
         shapes = {name: tuple(t.shape) for name, t in tensors.items()}
         close(value, expected[what], f"{primitive} of {shapes}, {settings}: {what}", tolerance)
+
+
+def random_geometry(draw):
+    """Size, kernel and settings of a call that has an output, by Hypothesis's `draw`."""
+    rank = draw(st.integers(1, 3))
+    each = lambda low, high: tuple(draw(st.integers(low, high)) for _ in range(rank))
+    kernel, dilation, padding = each(1, 5), each(1, 3), each(0, 4)
+    fits = zip(kernel, dilation, padding, each(0, 12 // rank), strict=True)
+    size = tuple(max(1, d * (k - 1) + 1 - 2 * p) + extra for k, d, p, extra in fits)
+    return size, kernel, {"stride": each(1, 4), "padding": padding, "dilation": dilation}
 
 
 def on_instruction_set(name, test_file, function):

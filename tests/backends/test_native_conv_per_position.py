@@ -20,6 +20,7 @@ from tests.backends.native import (
     check,
     needs_the_library,
     on_instruction_set,
+    random_geometry,
     run,
 )
 
@@ -129,12 +130,7 @@ def positions_first(weight, rank):
 
 @st.composite
 def random_calls(draw):
-    rank = draw(st.integers(1, 3))
-    each = lambda low, high: tuple(draw(st.integers(low, high)) for _ in range(rank))
-    kernel, dilation, padding = each(1, 5), each(1, 3), each(0, 4)
-    fits = zip(kernel, dilation, padding, each(0, 12 // rank), strict=True)
-    size = tuple(max(1, d * (k - 1) + 1 - 2 * p) + extra for k, d, p, extra in fits)
-    geometry = {"stride": each(1, 4), "padding": padding, "dilation": dilation}
+    size, kernel, geometry = random_geometry(draw)
     sizes = draw(st.integers(0, 3)), draw(st.integers(1, 3)), draw(st.integers(1, 20))
     return sizes, size, kernel, geometry, draw(st.booleans()), draw(st.booleans())
 

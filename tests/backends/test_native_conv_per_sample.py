@@ -7,16 +7,18 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-import dynaconv
 from dynaconv import functional
 from dynaconv.backends.native import library
-from dynaconv.testing import TOLERANCE, check_primitive, close, samples
+from dynaconv.testing import check_primitive, close, samples
+from tests.backends import native as native_kernels
 from tests.backends.native import (
     FORMATS,
     LAYOUTS,
     channels_last,
     needs_the_library,
     on_instruction_set,
+    random_geometry,
+    run,
 )
 
 pytestmark = needs_the_library
@@ -74,24 +76,8 @@ def call_of(
     return {name: t.to(dtype) for name, t in tensors.items()}, rest
 
 
-def run(name, primitive, tensors, settings, dtype):
-    """The output and the gradient of every tensor, by name."""
-    leaves = {k: t.detach().to(dtype).requires_grad_() for k, t in tensors.items()}
-    with dynaconv.backend(name):
-        output = getattr(functional, primitive)(**leaves, **settings)
-    wave = torch.arange(output.numel(), dtype=torch.float64).cos()
-    upstream = ((16 * wave).round() / 16).to(dtype).reshape(output.shape)
-    gradients = torch.autograd.grad(output, list(leaves.values()), upstream)
-    return {"output": output.detach()} | dict(zip(leaves, gradients, strict=True))
-
-
 def check(primitive, *args, **kwargs):
-    tensors, settings = call_of(primitive, *args, **kwargs)
-    dtype = tensors["input"].dtype
-    expected = run("reference", primitive, tensors, settings, torch.float64)
-    for what, value in run("native", primitive, tensors, settings, dtype).items():
-        label = f"{primitive} {args} {settings}: {what}"
-        close(value, expected[what], label, TOLERANCE[dtype])
+    native_kernels.check(primitive, *call_of(primitive, *args, **kwargs))
 
 
 @every_primitive
@@ -175,14 +161,9 @@ def test_ways_to_cut(primitive, case, poisoned, no_library_calls):
 
 @st.composite
 def random_calls(draw):
-    rank = draw(st.integers(1, 3))
-    each = lambda low, high: tuple(draw(st.integers(low, high)) for _ in range(rank))
-    kernel, dilation, padding = each(1, 5), each(1, 3), each(0, 4)
-    fits = zip(kernel, dilation, padding, each(0, 12 // rank), strict=True)
-    size = tuple(max(1, d * (k - 1) + 1 - 2 * p) + extra for k, d, p, extra in fits)
-    settings = {"stride": each(1, 4), "padding": padding, "dilation": dilation}
+    size, kernel, geometry = random_geometry(draw)
     sizes = draw(st.integers(1, 6)), draw(st.integers(1, 20)), draw(st.integers(1, 40))
-    return sizes, size, kernel, settings
+    return sizes, size, kernel, geometry
 
 
 @every_primitive
@@ -265,7 +246,7 @@ def test_same_result_each_time_and_with_each_number_of_threads(primitive):
         results = []
         for count in (1, 2, 3, 3):
             torch.set_num_threads(count)
-            results.append(run("native", primitive, *call, torch.float32))
+            results.append(run("native", primitive, *call))
     finally:
         torch.set_num_threads(threads)
     for result in results[1:]:
@@ -280,8 +261,8 @@ def test_what_is_not_finite_spreads_as_in_the_formula(primitive, value, no_libra
     for place in ((0, 1, 0, 0), (1, 2, 3, 2), (1, 0, 5, 4)):
         tensors, settings = call_of(primitive, 2, 3, 20, (6, 5), (3, 3), padding=1)
         tensors["input"][place] = value
-        expected = run("reference", primitive, tensors, settings, torch.float64)
-        for what, actual in run("native", primitive, tensors, settings, torch.float64).items():
+        expected = run("reference", primitive, tensors, settings)
+        for what, actual in run("native", primitive, tensors, settings).items():
             assert torch.equal(actual.isfinite(), expected[what].isfinite()), what
 
 
@@ -300,11 +281,7 @@ def test_layout_stays(primitive, rank):
 @every_primitive
 def test_each_gradient_alone(primitive, no_library_calls, poisoned):
     tensors, settings = call_of(primitive, 3, 6, 8, (6, 5), (3, 3), padding=1)
-    expected = run("reference", primitive, tensors, settings, torch.float64)
+    expected = run("reference", primitive, tensors, settings)
     for name in tensors:
-        leaves = {k: t.detach().requires_grad_(k == name) for k, t in tensors.items()}
-        output = getattr(functional, primitive)(**leaves, **settings)
-        wave = torch.arange(output.numel(), dtype=torch.float64).cos()
-        upstream = ((16 * wave).round() / 16).reshape(output.shape)
-        (gradient,) = torch.autograd.grad(output, leaves[name], upstream)
+        gradient = run("native", primitive, tensors, settings, wanted=[name])[name]
         close(gradient, expected[name], name)

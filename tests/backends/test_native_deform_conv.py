@@ -15,6 +15,7 @@ from dynaconv.backends.native.deform_conv import operator
 from dynaconv.functional.deform_conv import prepare
 from dynaconv.shapes import Geometry
 from dynaconv.testing import TOLERANCE, check_primitive, close, samples
+from tests.backends import native
 from tests.backends.native import LAYOUTS, channels_last, needs_the_library, on_instruction_set
 
 pytestmark = needs_the_library
@@ -57,17 +58,8 @@ def call_of(
     return tensors, geometry | {"groups": groups}
 
 
-def run(name, tensors, settings, wanted=None, upstream=None):
-    """The output and the gradients of the wanted tensors, by name."""
-    wanted = list(tensors) if wanted is None else wanted
-    leaves = {k: t.detach().requires_grad_(k in wanted) for k, t in tensors.items()}
-    with dynaconv.backend(name):
-        output = functional.deform_conv(**leaves, **settings)
-    if upstream is None:
-        wave = torch.arange(output.numel(), dtype=torch.float64).cos()
-        upstream = wave.to(output.dtype).reshape(output.shape)
-    gradients = torch.autograd.grad(output, [leaves[k] for k in wanted], upstream)
-    return {"output": output.detach()} | dict(zip(wanted, gradients, strict=True))
+def run(name, *call, **choices):
+    return native.run(name, "deform_conv", *call, **choices)
 
 
 def check(tensors, settings, tolerance=TOLERANCE[torch.float64]):
@@ -247,7 +239,7 @@ def test_each_gradient_alone(batch):
     tensors, others = call_of(33, 6, (7, 8), (3, 3), batch, padding=1)
     expected = run("reference", tensors, others)
     for name in tensors:
-        gradient = run("native", tensors, others, [name])[name]
+        gradient = run("native", tensors, others, wanted=[name])[name]
         close(gradient, expected[name], name, TOLERANCE[torch.float64])
 
 

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dynaconv.dispatch import Backend, Problem, register_backend
-from dynaconv.shapes import Geometry, enlarged_size, windows, zero_padded
+from dynaconv.shapes import Geometry, enlarged_size, mixed, windows, zero_padded
 
 CONV_TRANSPOSES = {1: F.conv_transpose1d, 2: F.conv_transpose2d, 3: F.conv_transpose3d}
 
@@ -53,14 +53,10 @@ def conv_mixture(
     groups: int,
 ) -> Tensor:
     """W[n] = sum_e coefficients[n, e] * weight[e], then one kernel a sample."""
-    if coefficients.dim() == 2:
-        mixed = torch.einsum("ne,e...->n...", coefficients, weight)
-    else:  # of each tap
-        by_tap = torch.einsum("nek,eock->nock", coefficients.flatten(2), weight.flatten(3))
-        mixed = by_tap.unflatten(3, geometry.kernel)
+    kernels = mixed(weight, coefficients)
     if bias is not None:
-        bias = coefficients @ bias if bias.dim() == 2 else bias.expand(mixed.shape[0], -1)
-    return conv_per_sample(input, mixed, bias, geometry, groups)
+        bias = coefficients @ bias if bias.dim() == 2 else bias.expand(kernels.shape[0], -1)
+    return conv_per_sample(input, kernels, bias, geometry, groups)
 
 
 def conv_per_position(input: Tensor, weight: Tensor, geometry: Geometry) -> Tensor:

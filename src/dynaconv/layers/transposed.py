@@ -10,7 +10,7 @@ from dynaconv.functional import conv_transpose_per_sample, deform_conv_transpose
 from dynaconv.functional._checks import check_output_padding
 from dynaconv.layers.base import ConvNd, DynamicConv, conv_nd
 from dynaconv.masking import mask_from_sizes, sizes_from_mask
-from dynaconv.shapes import IntOrTuple, enlarged_size, ntuple
+from dynaconv.shapes import IntOrTuple, enlarged_size, mixed, ntuple
 
 CONV_TRANSPOSES: dict[int, type[ConvNd]] = {
     1: nn.ConvTranspose1d,
@@ -83,14 +83,9 @@ class Transposed(DynamicConv):
     def convolve_mixture(
         self, x: Tensor, weight: Tensor, coefficients: Tensor, bias: Tensor | None
     ) -> Tensor:
-        if coefficients.dim() > 2:
-            by_tap = torch.einsum("nek,eock->nock", coefficients.flatten(2), weight.flatten(3))
-            mixed = by_tap.unflatten(3, self.kernel_size)
-        else:
-            mixed = torch.einsum("ne,e...->n...", coefficients, weight)
         if bias is not None and bias.dim() == 2:
             bias = coefficients @ bias
-        return self.convolve_samples(x, mixed, bias)
+        return self.convolve_samples(x, mixed(weight, coefficients), bias)
 
     def convolve_samples(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         weight = swap_channels(weight, self.groups, 1)
