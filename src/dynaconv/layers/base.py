@@ -126,6 +126,14 @@ class DynamicConv(nn.Module):
         """Small constructor arguments that cover the family's options."""
         return [{"in_channels": 4, "out_channels": 6, "kernel_size": 3, "padding": 1}]
 
+    @classmethod
+    def limits(cls, arguments: dict[str, Any]) -> dict[str, str]:
+        """The features (`dynaconv.testing.features`) that a layer of these arguments lacks.
+
+        By name, each with the reason.
+        """
+        return {}
+
     # What a user calls ---------------------------------------------------------------------
 
     def forward(self, input: Tensor, padding_mask: Tensor | None = None) -> Tensor:
