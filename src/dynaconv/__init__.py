@@ -6,6 +6,7 @@ from dynaconv.anneal import anneal, parameter_groups
 from dynaconv.catalogue import catalogue
 from dynaconv.convert import convert, select
 from dynaconv.dispatch import backend, explain
+from dynaconv.freeze import freeze
 from dynaconv.layers import *  # noqa: F403 - made by the registry
 from dynaconv.layers.costs import collect_costs
 from dynaconv.layers.gated import sparsity_loss
@@ -27,6 +28,7 @@ __all__ = [
     "convert",
     "explain",
     "families",
+    "freeze",
     "functional",
     "layers",
     "mask_from_sizes",

@@ -80,7 +80,7 @@ def convert(
     chosen = select(name=where) if isinstance(where, str) else where or (lambda name, module: True)
     model = model if inplace else copy.deepcopy(model)
     report = Report(to)
-    before = _count(model)
+    before = count_parameters(model)
     swapped: dict[nn.Module, nn.Module] = {}
     for name, module in list(_convolutions(model)):
         reason = _reason_against(module, target)
@@ -96,8 +96,8 @@ def convert(
                 report.kept.append((name, str(error)))
                 continue
             report.converted.append(name)
-        model = _put(model, name, swapped[module])
-    report.parameters = (before, _count(model))
+        model = put(model, name, swapped[module])
+    report.parameters = (before, count_parameters(model))
     if not report.converted:
         raise ValueError(f"no convolution was converted\n{report}")
     return Conversion(model, report)
@@ -189,7 +189,7 @@ def _replacement(conv: ConvNd, target: Family, exact: bool, options: dict[str, A
         return cls.like(conv, **options)
 
 
-def _put(model: nn.Module, name: str, layer: nn.Module) -> nn.Module:
+def put(model: nn.Module, name: str, layer: nn.Module) -> nn.Module:
     """The model with `layer` at `name`; the layer itself where the model was the convolution."""
     if not name:
         return layer
@@ -198,5 +198,6 @@ def _put(model: nn.Module, name: str, layer: nn.Module) -> nn.Module:
     return model
 
 
-def _count(model: nn.Module) -> int:
+def count_parameters(model: nn.Module) -> int:
+    """Numbers in the model's parameters, lazy ones left out."""
     return sum(p.numel() for p in model.parameters() if not is_lazy(p))
