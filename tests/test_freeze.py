@@ -20,11 +20,12 @@ every_class = pytest.mark.parametrize("cls", CLASSES, ids=lambda cls: cls.__name
 
 
 def exact_starts(cls):
-    """(conv, layer) for a dense and a depthwise convolution that the class can start from."""
+    """(conv, layer) of convolutions that the class can start from: dense, depthwise, strided."""
     arguments = CLASSES[cls]
     static = cls.as_static(arguments, SIZES[cls.rank])
     options = {k: v for k, v in arguments.items() if k not in static}
-    for change in ({}, {"in_channels": 4, "out_channels": 4, "groups": 4}):
+    depthwise = {"in_channels": 4, "out_channels": 4, "groups": 4}
+    for change in ({}, depthwise, {"stride": 2}, depthwise | {"stride": 3, "padding": 0}):
         conv = static_conv(cls, arguments | change)
         try:
             yield conv, cls.from_conv(conv, **options)

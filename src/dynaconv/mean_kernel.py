@@ -103,7 +103,7 @@ class Comb:
         self.margin = whole(e + p for e, p in zip(extent, padding, strict=True))
         pairs = zip(self.margin, self.spacing, self.stride, strict=True)
         self.size = tuple(2 * m + self.side * gap + s for m, gap, s in pairs)
-        self.phases = [(0,) * self.rank]
+        self.phases = list(product(*map(range, self.stride)))
 
     def impulses(self, phase: tuple[int, ...]) -> Tensor:
         """(1, C_in, *size), 1 at each channel's place."""
