@@ -183,6 +183,14 @@ def test_what_varies_by_position_is_averaged_over_positions():
     assert off == pytest.approx(spread)
 
 
+def test_a_kernel_that_mixes_no_channels_becomes_depthwise():
+    layer = randomized(dynaconv.Involution2d, CLASSES[dynaconv.Involution2d])
+    with torch.no_grad():
+        layer.span.weight.zero_()
+    static, _ = dynaconv.freeze(layer, torch.randn(4, 4, 9, 10).double())
+    assert (layer.groups, static.groups) == (1, 4)
+
+
 def test_kernels_that_vary_are_kept():
     steady, batches = varying(0.01, kernel_size=3, padding=1)
     wild, _ = varying(30.0, 4, kernel_size=3, padding=1)

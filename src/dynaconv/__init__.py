@@ -13,6 +13,7 @@ from dynaconv.layers.gated import sparsity_loss
 from dynaconv.layers.learned_stride import stride_cost
 from dynaconv.masked import MaskedSequential
 from dynaconv.masking import Padded, mask_from_sizes, pad_batch, unpad_batch
+from dynaconv.published import load_published
 from dynaconv.registry import families, register_family
 from dynaconv.warehouse import share_kernels
 
@@ -31,6 +32,7 @@ __all__ = [
     "freeze",
     "functional",
     "layers",
+    "load_published",
     "mask_from_sizes",
     "masked",
     "pad_batch",

@@ -12,6 +12,7 @@ from torch.nn.parameter import is_lazy
 from torch.nn.utils import parametrize
 
 from dynaconv.layers.base import ConvNd, DynamicConv
+from dynaconv.modules import count_parameters, put
 from dynaconv.registry import Family, family
 from dynaconv.shapes import IntOrTuple, ntuple
 
@@ -187,17 +188,3 @@ def _replacement(conv: ConvNd, target: Family, exact: bool, options: dict[str, A
         if exact:
             raise
         return cls.like(conv, **options)
-
-
-def put(model: nn.Module, name: str, layer: nn.Module) -> nn.Module:
-    """The model with `layer` at `name`; the layer itself where the model was the convolution."""
-    if not name:
-        return layer
-    parent, _, child = name.rpartition(".")
-    setattr(model.get_submodule(parent), child, layer)
-    return model
-
-
-def count_parameters(model: nn.Module) -> int:
-    """Numbers in the model's parameters, lazy ones left out."""
-    return sum(p.numel() for p in model.parameters() if not is_lazy(p))

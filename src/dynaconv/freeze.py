@@ -11,11 +11,12 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-from dynaconv.convert import HOOKS, count_parameters, put, select
+from dynaconv.convert import HOOKS, select
 from dynaconv.layers.base import ConvNd, DynamicConv
 from dynaconv.layers.upsampler import Upsampler
 from dynaconv.masking import unpad_batch
 from dynaconv.mean_kernel import Quantities, mean_kernel
+from dynaconv.modules import count_parameters, dynamic_layers, put
 from dynaconv.static_form import LeastSquares, StaticForm
 
 Where = Callable[[str, DynamicConv], bool]
@@ -245,7 +246,7 @@ def _studies(model: nn.Module, where: Where | str | None) -> dict[str, "Study"]:
     chosen = select(name=where) if isinstance(where, str) else where or (lambda name, layer: True)
     found: dict[str, Study] = {}
     made: dict[DynamicConv, Study] = {}
-    for name, layer in _dynamic_layers(model):
+    for name, layer in dynamic_layers(model):
         if chosen(name, layer):  # type: ignore[arg-type]
             study = found[name] = made.setdefault(layer, Study(layer))
             parent = model.get_submodule(name.rpartition(".")[0]) if name else None
@@ -254,15 +255,6 @@ def _studies(model: nn.Module, where: Where | str | None) -> dict[str, "Study"]:
         what = "no dynamic layer" if where is None else "no dynamic layer that `where` selects"
         raise ValueError(f"{type(model).__name__} has {what}")
     return found
-
-
-def _dynamic_layers(model: nn.Module) -> Iterator[tuple[str, DynamicConv]]:
-    """Every name of every dynamic layer that is not inside another."""
-    inside: tuple[str, ...] = ()
-    for name, module in model.named_modules(remove_duplicate=False):
-        if isinstance(module, DynamicConv) and not name.startswith(inside):
-            inside += (f"{name}." if name else "",)
-            yield name, module
 
 
 def _reason_against(layer: DynamicConv) -> str | None:
