@@ -12,6 +12,7 @@ from dynaconv.testing.families import randomized
 from tests.layers import test_golden as golden
 from tests.layers import test_lightconv as light
 from tests.layers.test_golden import GOLDEN
+from tests.layers.test_upsample import carafe
 
 MODELS = {
     case["name"]: case for case in torch.load(GOLDEN / "published.pt", weights_only=True)["cases"]
@@ -25,6 +26,9 @@ def recorded():
         "involution": ("involution", lambda case: golden.involution(case["config"])),
         "deform_conv": ("mmcv", lambda case: golden.deform_pack(case["config"])),
         "lightconv": ("fairseq", lambda case: light.published(case)[0]),
+        "selective_kernel": ("timm", lambda case: golden.selective_kernel(case["config"])),
+        "carafe": ("mmcv", lambda case: carafe(case["config"])),
+        "switchable_atrous": ("mmcv", lambda case: switchable_atrous(case["config"])),
         "condconv": (
             "timm",
             lambda case: nn.ModuleDict({"conv": golden.condconv(case["config"])}),
@@ -34,6 +38,11 @@ def recorded():
         for case in torch.load(GOLDEN / f"{file}.pt", weights_only=True)["cases"]:
             if case["state"] and (file != "condconv" or case["name"] == "routing"):
                 yield pytest.param(source, build(case), case, id=f"{source}-{case['name']}")
+
+
+def switchable_atrous(config):
+    config = {key: value for key, value in config.items() if key != "training"}
+    return dynaconv.SwitchableAtrousConv2d(**config)
 
 
 def check(model, call, case, source, state=None):
@@ -46,7 +55,7 @@ def check(model, call, case, source, state=None):
 
 @pytest.mark.parametrize(("source", "model", "case"), list(recorded()))
 def test_layers(source, model, case):
-    check(model, model["conv"] if source == "timm" else model, case, source)
+    check(model, model["conv"] if isinstance(model, nn.ModuleDict) else model, case, source)
 
 
 class Block(nn.Module):
@@ -231,6 +240,7 @@ LAYER = {"in_channels": 4, "out_channels": 6, "kernel_size": 3}
             "mmcv",
             "offset_bound=1.0 is not published; leave it out",
         ),
+        (dynaconv.CARAFE2d(4, 4), "mmcv", "bias of this layer has no published counterpart"),
         (dynaconv.Involution2d(**LAYER, bias=False), "involution", "project.weight of this layer"),
         (dynaconv.LightConv1d(4, 6, 3), "fairseq", "project.weight of this layer"),
         (

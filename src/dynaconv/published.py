@@ -47,10 +47,11 @@ def load_published(
     | source | implementation | layers |
     |---|---|---|
     | `odconv` | OSVAI/ODConv, `ODConv2d` | `ODConv`, bias=False |
-    | `timm` | timm, `CondConv2d` with the block's `routing_fn` | `CondConv` |
+    | `timm` | timm, `CondConv2d` with the block's `routing_fn`; `SelectiveKernel` | `CondConv`; \
+`SelectiveKernelConv`, bias=False |
     | `involution` | d-li14/involution | `Involution`, bias=False |
-    | `mmcv` | mmcv, `DeformConv2dPack`, `ModulatedDeformConv2dPack` | `DeformConv`, bias=False; \
-`ModulatedDeformConv` |
+    | `mmcv` | mmcv, `DeformConv2dPack`; `ModulatedDeformConv2dPack`; `CARAFEPack`; `SAConv2d` | \
+`DeformConv`, bias=False; `ModulatedDeformConv`; `CARAFE`, bias=False; `SwitchableAtrousConv` |
     | `torchvision` | torchvision's `DeformConv2d` as `regular_conv`, with `offset_conv` and \
 `modulator_conv` below or beside it | the same |
     | `fairseq` | fairseq, `LightweightConv`, `DynamicConv` and their `..Layer` | `LightConv`, \
@@ -236,6 +237,16 @@ def _condconv(layer: DynamicConv) -> Layout:
     return {"weight": flat} | _named(layer, names)
 
 
+@rule("timm", "selective_kernel")
+def _selective_kernel(layer: Any) -> Layout:
+    names = {"squeeze.fc.weight": "attn.fc_reduce.weight", "select.weight": "attn.fc_select.weight"}
+    names |= _norm("squeeze.bn", "attn.bn")
+    for b in range(len(layer.convs)):
+        names |= {f"convs.{b}.weight": f"paths.{b}.conv.weight"}
+        names |= _norm(f"norms.{b}", f"paths.{b}.bn")
+    return _named(layer, names, as_conv=True)
+
+
 @rule("involution", "involution")
 def _involution(layer: DynamicConv) -> Layout:
     names = {"reduce.weight": "conv1.conv.weight"} | _norm("bn", "conv1.bn")
@@ -250,6 +261,17 @@ def _mmcv(layer: DynamicConv) -> Layout:
     for key, ((name,), shapes) in _offset(layer, "conv_offset"):
         layout[key] = [Part((name, name.replace("conv_offset", "_offset")), shapes)]
     return layout
+
+
+@rule("mmcv", "carafe")
+def _carafe(layer: DynamicConv) -> Layout:
+    convs = ("channel_compressor", "content_encoder")
+    return _named(layer, _pair(convs[0], convs[0]) | _pair(convs[1], convs[1]))
+
+
+@rule("mmcv", "switchable_atrous")
+def _switchable_atrous(layer: DynamicConv) -> Layout:
+    return _named(layer, {key: key for key in layer.state_dict()}, as_conv=True)
 
 
 @rule("torchvision", "deform", "deform_v2")

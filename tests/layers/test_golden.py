@@ -139,12 +139,9 @@ def test_involution(case):
     check(layer, case, names)
 
 
-@cases("selective_kernel")
-def test_selective_kernel(case):
-    config = case["config"]
-    branches = len(config.get("kernel_size", [3, 5]))
+def selective_kernel(config):
     dilation = config.get("dilation", 1)
-    layer = dynaconv.SelectiveKernelConv2d(
+    return dynaconv.SelectiveKernelConv2d(
         config["in_channels"],
         config["out_channels"],
         3,
@@ -153,10 +150,16 @@ def test_selective_kernel(case):
         dilation,
         config.get("groups", 1),
         bias=False,
-        branches=branches,
+        branches=len(config.get("kernel_size", [3, 5])),
         dilated=config.get("keep_3x3", True),
         min_hidden=config["rd_channels"],
     )
+
+
+@cases("selective_kernel")
+def test_selective_kernel(case):
+    layer = selective_kernel(case["config"])
+    branches = len(layer.convs)
     names = {f"convs.{b}.weight": f"paths.{b}.conv.weight" for b in range(branches)}
     names |= with_norm({f"norms.{b}": f"paths.{b}.bn" for b in range(branches)})
     names |= {
