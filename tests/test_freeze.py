@@ -7,7 +7,7 @@ from torch import nn
 import dynaconv
 from dynaconv.layers.base import DynamicConv
 from dynaconv.layers.upsampler import Upsampler
-from dynaconv.static_form import LeastSquares, StaticForm
+from dynaconv.static.form import LeastSquares, StaticForm
 from dynaconv.testing import close
 from dynaconv.testing.families import SIZES, example, randomized, static_conv
 from dynaconv.testing.features import cases
@@ -132,6 +132,26 @@ def test_what_windows_do_not_span_stays():
     assert not weight[:, 1].any()
     with pytest.raises(ValueError, match="no windows were added"):
         LeastSquares(form).solve()
+
+
+def test_large_kernels_are_left_to_the_mean(monkeypatch):
+    monkeypatch.setattr("dynaconv.static.study.LARGEST", 36)  # of 37 unknowns
+    layer, batches = varying(kernel_size=3)
+    _, report = dynaconv.freeze(layer, batches)
+    assert "the error of its mean kernel is above" in report.layers[0].reason
+    layer = dynaconv.ShapeConv2d(**SIX | {"kernel_size": 0.5}).double()
+    _, report = dynaconv.freeze(layer, batches)
+    assert report.layers[0].reason == "101 unknowns a channel are too many for least squares"
+
+
+def test_taps_beyond_their_grid():
+    """Positions that were learned: the kernel spans the extent, whatever its dilation was."""
+    options = {"dilation": 2, "padding": 2, "interpolation": "linear"}
+    layer = randomized(dynaconv.DCLSConv2d, SIX | options)
+    x = torch.randn(4, 4, 9, 10).double()
+    static, report = dynaconv.freeze(layer, x)
+    assert static.kernel_size == (5, 5)
+    assert report.layers[0].error < 1e-12
 
 
 def test_few_windows_leave_the_mean_kernel():
@@ -312,7 +332,8 @@ def test_a_layer_that_only_seen_batches_reach_is_kept():
     for i, batch in enumerate(batches):
         batch[0, 0, 0, 0] = -1 if i % 4 == 1 else 1
     _, report = dynaconv.freeze(model, batches)
-    assert report.layers[0].reason == "no batch that is held out reached it"
+    (row,) = report.layers
+    assert (row.reason, row.error) == ("no batch that is held out reached it", None)
 
 
 def test_padded_batches():

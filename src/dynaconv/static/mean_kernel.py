@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dynaconv.layers.base import DynamicConv
-from dynaconv.static_form import StaticForm
+from dynaconv.static.form import StaticForm
 
 
 class Quantities:

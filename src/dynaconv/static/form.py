@@ -1,4 +1,4 @@
-"""The static convolution that a dynamic layer amounts to: its form, and the best kernel for it."""
+"""The form of the static convolution that stands for a dynamic layer, and its best kernel."""
 
 from collections.abc import Iterator
 from math import prod
