@@ -183,7 +183,8 @@ class Study:
             origin = f"least squares over {self.squares.count:,} windows"
             self._propose(self.form, origin, *self.squares.solve(mean))
         if not self.candidates:
-            self.refusal = f"{self.form.unknowns:,} unknowns a channel are too many for least squares"
+            count = f"{self.form.unknowns:,} unknowns a channel"
+            self.refusal = f"{count} are too many for least squares"
 
     def _propose(self, form: StaticForm, origin: str, weight: Tensor, bias: Tensor) -> None:
         negligible = bias.abs().max() <= 1e-6 * weight.flatten(1).norm(dim=1).max()
