@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dynaconv.layers.base import CONVS, ConvNd
+from dynaconv.layers.tracing import one_node
 from dynaconv.masked import rule
 from dynaconv.masking import Padded, each_size
 
@@ -32,6 +33,7 @@ class SamePad(nn.Module):
         super().__init__()
         self.span, self.stride = tuple(span), tuple(stride)
 
+    @one_node
     def forward(self, x: Tensor) -> Tensor:
         widths: list[int] = []
         for length, span, stride in zip(x.shape[2:], self.span, self.stride, strict=True):

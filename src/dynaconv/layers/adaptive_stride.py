@@ -13,6 +13,7 @@ from dynaconv.functional.conv_on_grid import sample
 from dynaconv.layers.attention import Regulator
 from dynaconv.layers.base import ConvNd, DynamicConv, at_least, positive
 from dynaconv.layers.costs import add_cost
+from dynaconv.layers.tracing import one_node
 from dynaconv.masking import Padded, crop, pad_batch, sizes_from_mask
 from dynaconv.registry import register_family
 
@@ -71,6 +72,7 @@ class AdaptiveStrideConv(DynamicConv):
         stride = start * torch.exp(reach * moved)
         return {"stride": stride + (stride.clamp(self.low, self.high) - stride).detach()}
 
+    @one_node
     def forward(self, input: Tensor, padding_mask: Tensor | None = None) -> Any:
         """Padded, or with `restore` a tensor (N, C_out, *L_out)."""
         x, mask = self.prepare(input, padding_mask)

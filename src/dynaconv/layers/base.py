@@ -16,6 +16,7 @@ from dynaconv import masking
 from dynaconv.functional import conv as convolve
 from dynaconv.functional import conv_mixture, conv_per_position, conv_per_sample, deform_conv
 from dynaconv.layers import causal as causality_of
+from dynaconv.layers.tracing import one_node
 from dynaconv.shapes import Geometry, IntOrTuple, Padding, check_padding, ntuple, same_padding
 
 CONVS: dict[int, type[ConvNd]] = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
@@ -138,6 +139,7 @@ class DynamicConv(nn.Module):
 
     # What a user calls ---------------------------------------------------------------------
 
+    @one_node
     def forward(self, input: Tensor, padding_mask: Tensor | None = None) -> Tensor:
         x, mask = self.prepare(input, padding_mask)
         output = self.compute(x, mask)
