@@ -101,6 +101,21 @@ def down_from(name: str) -> Iterator[None]:
         BACKENDS[:] = kept
 
 
+@contextmanager
+def preferring(candidate: Backend) -> Iterator[None]:
+    """Inside the `with` block, `candidate` comes before all that are registered.
+
+    No outer `backend(...)` is in force there.
+    """
+    register_backend(candidate)
+    _forced.append(None)
+    try:
+        yield
+    finally:
+        _forced.pop()
+        BACKENDS.remove(candidate)
+
+
 def reason_against(candidate: Backend, problem: Problem) -> str | None:
     """None where the backend serves the problem, otherwise why not."""
     if problem.primitive not in candidate.functions:

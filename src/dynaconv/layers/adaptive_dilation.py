@@ -334,8 +334,10 @@ def _low_pass(x: Tensor, band: float) -> Tensor:
     box = torch.ones((), device=x.device)
     for length in x.shape[2:]:
         # Rounded as published, so that the box may lie half a frequency off the centre.
-        start, stop = (round(length / 2 + side * length / (2 * band)) for side in (-1, 1))
-        index = torch.arange(length, device=x.device)
-        inside = torch.fft.ifftshift((index >= start) & (index < stop))
+        # In tensors: an exported graph knows the length no earlier.
+        whole = torch.scalar_tensor(length, dtype=torch.float64, device=x.device)
+        start, stop = ((whole / 2 + side * whole / (2 * band)).round() for side in (-1, 1))
+        from_centre = (torch.arange(length, device=x.device) + length // 2) % length
+        inside = (from_centre >= start) & (from_centre < stop)
         box = box.unsqueeze(-1) * inside
     return box

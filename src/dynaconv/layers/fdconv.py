@@ -302,13 +302,16 @@ class FrequencyBandModulation(FreqSelect):
         for d, length in enumerate(x.shape[2:], start=2):
             half = d == x.dim() - 1
             entries = length // 2 + 1 if half else length
-            frequencies = torch.fft.rfftfreq if half else torch.fft.fftfreq
-            known = frequencies(
-                GRID if self.grid else length, dtype=torch.float32, device=x.device
-            ).abs()
+            known = _frequencies(GRID if self.grid else length, half, x.device)
             index = torch.arange(entries, device=x.device) * known.shape[0] // entries
             box = box.unsqueeze(-1) & (known[index] < 0.5 / band + (1e-8 if self.grid else 0))
         return box
+
+
+def _frequencies(count: int, half: bool, device: torch.device) -> Tensor:
+    """What torch.fft.fftfreq gives (rfftfreq for half), without the sign; ONNX has neither."""
+    index = torch.arange(count // 2 + 1 if half else count, device=device)
+    return torch.minimum(index, count - index).float() * (1 / count)
 
 
 def _parts(rows: int, columns: int, experts: int) -> Tensor:
