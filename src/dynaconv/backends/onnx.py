@@ -6,6 +6,7 @@ groups: here a kernel moves tap by tap, over slices of the input. Not registered
 """
 
 from collections.abc import Iterator
+from dataclasses import replace
 from functools import reduce
 from itertools import product
 from math import prod
@@ -76,7 +77,9 @@ def conv_transpose_per_sample(
         places = [i * d for i, d in zip(tap, geometry.dilation, strict=True)]
         phase = tuple(at % s for at, s in zip(places, stride, strict=True))
         before = [at // s for at, s in zip(places, stride, strict=True)]
-        part = F.pad(made[:, :, k], _widths(before, [r - b for r, b in zip(reach, before, strict=True)]))
+        part = F.pad(
+            made[:, :, k], _widths(before, [r - b for r, b in zip(reach, before, strict=True)])
+        )
         phases[phase] = phases[phase] + part if phase in phases else part
     empty = torch.zeros_like(next(iter(phases.values())))
     whole = [phases.get(phase, empty) for phase in product(*map(range, stride))]
@@ -104,9 +107,7 @@ def deform_conv(
     Its settings are numbers: where they follow a size that is free, the reference serves.
     """
     if any(isinstance(n, torch.SymInt) for n in (groups, *geometry.stride)):
-        return reference.deform_conv(
-            input, offset, weight, bias, modulation, geometry, groups
-        )
+        return reference.deform_conv(input, offset, weight, bias, modulation, geometry, groups)
     if input.dim() == 3:
         shifts = torch.stack([torch.zeros_like(offset), offset], 2).flatten(1, 2)
         tall = Geometry(*((n, *of) for n, of in zip((1, 1, 0, 1), geometry, strict=True)))
@@ -166,5 +167,6 @@ def supports(problem: Problem) -> str | None:
 
 
 FUNCTIONS = (conv_per_sample, conv_mixture, conv_per_position, conv_transpose_per_sample)
-STANDARD = Backend("onnx", supports, {f.__name__: f for f in FUNCTIONS})
-WITH_DEFORM = Backend("onnx", supports, STANDARD.functions | {"deform_conv": deform_conv})
+# The exporter writes an inverse real FFT that onnxruntime refuses.
+STANDARD = Backend("onnx", supports, {f.__name__: f for f in FUNCTIONS}, has_fft=False)
+WITH_DEFORM = replace(STANDARD, functions=STANDARD.functions | {"deform_conv": deform_conv})

@@ -1,6 +1,6 @@
 """Frequency-adaptive dilated convolution: a dilation for each position (Chen, CVPR 2024)."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from itertools import product
 from math import prod
 from typing import Any
@@ -9,9 +9,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from dynaconv.dispatch import has_fft
 from dynaconv.functional import deform_conv
 from dynaconv.layers.attention import Squeeze
 from dynaconv.layers.base import ConvNd, DynamicConv, at_least, conv_nd, positive, without_autocast
+from dynaconv.layers.fourier import filtered
 from dynaconv.masking import each_size, fill_up
 from dynaconv.registry import register_family
 from dynaconv.shapes import same_padding
@@ -315,29 +317,43 @@ class FreqSelect(nn.Module):
 
     def reweighted(self, x: Tensor) -> Tensor:
         """x', all of x being real."""
-        over = tuple(range(2, x.dim()))
         above = x.float() if x.dtype.itemsize < 4 else x  # half precision has no FFT
-        spectrum = torch.fft.fftn(above, dim=over)
         output = torch.zeros_like(above)
-        for band, conv in zip(self.bands, self.convs, strict=False):
-            kept = spectrum * _low_pass(x, band)
-            below = torch.fft.ifftn(kept, dim=over).real
+        for below, conv in zip(self.lows(above), self.convs, strict=False):
             output = output + 2 * torch.sigmoid(conv(x)) * (above - below)
             above = below
         if self.low_band:
             above = 2 * torch.sigmoid(self.convs[-1](x)) * above
         return (output + above).to(x.dtype)
 
+    def lows(self, x: Tensor) -> Iterator[Tensor]:
+        """What each band keeps of x."""
+        kept = [_low_pass(x, band) for band in self.bands]
+        if not has_fft():
+            yield from (filtered(x, inside) for inside in kept)
+            return
+        over = tuple(range(2, x.dim()))
+        spectrum = torch.fft.fftn(x, dim=over)
+        for inside in kept:
+            yield torch.fft.ifftn(spectrum * box(inside), dim=over).real
 
-def _low_pass(x: Tensor, band: float) -> Tensor:
-    """1 for the frequencies of x (N, C, *L) that belong to its lowest 1 / band, else 0: (*L)."""
-    box = torch.ones((), device=x.device)
+
+def _low_pass(x: Tensor, band: float) -> list[Tensor]:
+    """Which frequencies of x (N, C, *L) belong to its lowest 1 / band, for each dimension."""
+    kept = []
     for length in x.shape[2:]:
         # Rounded as published, so that the box may lie half a frequency off the centre.
         # In tensors: an exported graph knows the length no earlier.
         whole = torch.scalar_tensor(length, dtype=torch.float64, device=x.device)
         start, stop = ((whole / 2 + side * whole / (2 * band)).round() for side in (-1, 1))
         from_centre = (torch.arange(length, device=x.device) + length // 2) % length
-        inside = (from_centre >= start) & (from_centre < stop)
-        box = box.unsqueeze(-1) * inside
-    return box
+        kept.append((from_centre >= start) & (from_centre < stop))
+    return kept
+
+
+def box(kept: Sequence[Tensor]) -> Tensor:
+    """The frequencies (*L) that all dimensions keep."""
+    whole = kept[0]
+    for inside in kept[1:]:
+        whole = whole.unsqueeze(-1) & inside
+    return whole

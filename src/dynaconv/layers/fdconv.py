@@ -1,7 +1,7 @@
 """FDConv: kernels of disjoint frequencies out of one spectrum (Chen, CVPR 2025)."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from math import prod
 from typing import Any
 
@@ -9,9 +9,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dynaconv.layers.adaptive_dilation import FreqSelect
+from dynaconv.dispatch import has_fft
+from dynaconv.layers.adaptive_dilation import FreqSelect, box
 from dynaconv.layers.attention import Squeeze
 from dynaconv.layers.base import ConvNd, DynamicConv, at_least, causal, positive, without_autocast
+from dynaconv.layers.fourier import filtered, inverse_real
 from dynaconv.layers.sampling import zero_
 from dynaconv.masking import masked_mean
 from dynaconv.registry import register_family
@@ -147,8 +149,11 @@ class FDConv(DynamicConv):
 
     def kernel_of(self, spectrum: Tensor) -> Tensor:
         """The kernels (N, C_out, C_in / groups, *K) of spectra (N, rows, columns // 2 + 1, 2)."""
-        spectrum = torch.view_as_complex((spectrum * self.scale).contiguous())
-        matrix = torch.fft.irfft2(spectrum, s=self._matrix_shape())
+        spectrum, shape = (spectrum * self.scale).contiguous(), self._matrix_shape()
+        if has_fft():
+            matrix = torch.fft.irfft2(torch.view_as_complex(spectrum), s=shape)
+        else:
+            matrix = inverse_real(spectrum, shape)
         out_channels, channels, *taps = self.kernel_shape()
         return matrix.reshape(-1, out_channels, *taps[:-1], channels, taps[-1]).movedim(-2, 2)
 
@@ -283,29 +288,35 @@ class FrequencyBandModulation(FreqSelect):
         return torch.cat([2 * torch.sigmoid(conv(x)) for conv in self.convs], 1)
 
     def reweighted(self, x: Tensor) -> Tensor:
-        over = tuple(range(2, x.dim()))
         above = x.float() if x.dtype.itemsize < 4 else x  # half precision has no FFT
-        spectrum = torch.fft.rfftn(above, dim=over)
         parts = []
-        for band in self.bands:
-            kept = spectrum * self._inside(x, band)
-            below = torch.fft.irfftn(kept, s=x.shape[2:], dim=over)
+        for below in self.lows(above):
             parts.append(above - below)
             above = below
         weights = self.weights(x).split(1, 1)
         output = sum(w * part for w, part in zip(weights, [*parts, above], strict=False))
         return (output if self.low_band else output + above).to(x.dtype)
 
-    def _inside(self, x: Tensor, band: float) -> Tensor:
-        """True for the frequencies of rfftn(x) that belong to the band, (*L[:-1], L // 2 + 1)."""
-        box = torch.ones((), dtype=torch.bool, device=x.device)
+    def lows(self, x: Tensor) -> Iterator[Tensor]:
+        kept = [self._inside(x, band) for band in self.bands]
+        if not has_fft():
+            yield from (filtered(x, inside, half=True) for inside in kept)
+            return
+        over = tuple(range(2, x.dim()))
+        spectrum = torch.fft.rfftn(x, dim=over)
+        for inside in kept:
+            yield torch.fft.irfftn(spectrum * box(inside), s=x.shape[2:], dim=over)
+
+    def _inside(self, x: Tensor, band: float) -> list[Tensor]:
+        """Which frequencies of rfftn(x) belong to the band, for each dimension."""
+        kept = []
         for d, length in enumerate(x.shape[2:], start=2):
             half = d == x.dim() - 1
             entries = length // 2 + 1 if half else length
             known = _frequencies(GRID if self.grid else length, half, x.device)
             index = torch.arange(entries, device=x.device) * known.shape[0] // entries
-            box = box.unsqueeze(-1) & (known[index] < 0.5 / band + (1e-8 if self.grid else 0))
-        return box
+            kept.append(known[index] < 0.5 / band + (1e-8 if self.grid else 0))
+        return kept
 
 
 def _frequencies(count: int, half: bool, device: torch.device) -> Tensor:

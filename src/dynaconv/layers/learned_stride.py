@@ -13,7 +13,6 @@ from dynaconv.masking import each_size, fill_up, mask_from_sizes, sizes_from_mas
 from dynaconv.registry import register_family
 from dynaconv.shapes import Geometry
 
-
 UNEXPORTED = "the output's size follows a parameter's value, which torch.export does not read"
 
 
