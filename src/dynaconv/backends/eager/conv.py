@@ -532,7 +532,7 @@ operator = Operator(
     "conv",
     ("input", "weight", "bias?"),
     ("weight", "bias"),
-    f"{GEOMETRY}, int groups",
+    f"{GEOMETRY}, SymInt groups",
     _forward,
     _backward,
     _plain,
