@@ -163,6 +163,14 @@ def under_transform() -> bool:
     return any(i.key() != torch._C._functorch.TransformType.Vmap for i in stack)
 
 
+def values_unknown() -> bool:
+    """Whether no size can follow a tensor's values: under torch.compile, export and vmap."""
+    if torch.compiler.is_compiling():
+        return True
+    stack = torch._C._functorch.get_interpreter_stack() or []
+    return any(i.key() == torch._C._functorch.TransformType.Vmap for i in stack)
+
+
 def is_channels_last(input: Tensor) -> bool:
     """Whether the channels are the fastest-moving dimension in memory (2-D and 3-D)."""
     return input.dim() in (4, 5) and input.shape[1] > 1 and input.stride(1) == 1

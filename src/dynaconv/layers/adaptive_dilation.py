@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from dynaconv.functional import deform_conv
 from dynaconv.layers.attention import Squeeze
 from dynaconv.layers.base import ConvNd, DynamicConv, at_least, conv_nd, positive, without_autocast
-from dynaconv.masking import each_size, fill_up
+from dynaconv.layers.low_pass import low_pass, register_filter
 from dynaconv.registry import register_family
 from dynaconv.shapes import same_padding
 
@@ -307,26 +307,27 @@ class FreqSelect(nn.Module):
     def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
         if not x.shape[0]:  # an FFT of nothing is an error
             return x
-        if mask is None:
-            return self.reweighted(x)
-        if not mask.any():
-            return torch.zeros_like(x)
-        return fill_up(each_size(self.reweighted, x, mask).data, x.shape[2:])
-
-    def reweighted(self, x: Tensor) -> Tensor:
-        """x', all of x being real."""
-        over = tuple(range(2, x.dim()))
         above = x.float() if x.dtype.itemsize < 4 else x  # half precision has no FFT
-        spectrum = torch.fft.fftn(above, dim=over)
-        output = torch.zeros_like(above)
-        for band, conv in zip(self.bands, self.convs, strict=False):
-            kept = spectrum * _low_pass(x, band)
-            below = torch.fft.ifftn(kept, dim=over).real
-            output = output + 2 * torch.sigmoid(conv(x)) * (above - below)
+        weights, output = self.weights(x).split(1, 1), torch.zeros_like(above)
+        for weight, below in zip(weights, self.below(above, mask), strict=False):
+            output = output + weight * (above - below)
             above = below
-        if self.low_band:
-            above = 2 * torch.sigmoid(self.convs[-1](x)) * above
-        return (output + above).to(x.dtype)
+        return (output + (weights[-1] * above if self.low_band else above)).to(x.dtype)
+
+    def below(self, x: Tensor, mask: Tensor | None) -> list[Tensor]:
+        """For each band, what x has below its upper limit."""
+        return low_pass(x, mask, self.bands, "adaptive_dilation")
+
+    def weights(self, x: Tensor) -> Tensor:
+        """The bands' weights (N, B, *L)."""
+        return torch.cat([2 * torch.sigmoid(conv(x)) for conv in self.convs], 1)
+
+
+@register_filter("adaptive_dilation")
+def _low_frequencies(x: Tensor, bands: Sequence[float]) -> list[Tensor]:
+    over = tuple(range(2, x.dim()))
+    spectrum = torch.fft.fftn(x, dim=over)
+    return [torch.fft.ifftn(spectrum * _low_pass(x, band), dim=over).real for band in bands]
 
 
 def _low_pass(x: Tensor, band: float) -> Tensor:

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Sequence
+from functools import partial
 from math import prod
 from typing import Any
 
@@ -12,6 +13,7 @@ from torch import Tensor, nn
 from dynaconv.layers.adaptive_dilation import FreqSelect
 from dynaconv.layers.attention import Squeeze
 from dynaconv.layers.base import ConvNd, DynamicConv, at_least, causal, positive, without_autocast
+from dynaconv.layers.low_pass import low_pass, register_filter
 from dynaconv.layers.sampling import zero_
 from dynaconv.masking import masked_mean
 from dynaconv.registry import register_family
@@ -278,37 +280,32 @@ class FrequencyBandModulation(FreqSelect):
         super().__init__(rank, channels, bands, low_band)
         self.grid = grid
 
-    def weights(self, x: Tensor) -> Tensor:
-        """The bands' weights (N, B, *L)."""
-        return torch.cat([2 * torch.sigmoid(conv(x)) for conv in self.convs], 1)
+    def below(self, x: Tensor, mask: Tensor | None) -> list[Tensor]:
+        return low_pass(x, mask, self.bands, "fdconv_grid" if self.grid else "fdconv")
 
-    def reweighted(self, x: Tensor) -> Tensor:
-        over = tuple(range(2, x.dim()))
-        above = x.float() if x.dtype.itemsize < 4 else x  # half precision has no FFT
-        spectrum = torch.fft.rfftn(above, dim=over)
-        parts = []
-        for band in self.bands:
-            kept = spectrum * self._inside(x, band)
-            below = torch.fft.irfftn(kept, s=x.shape[2:], dim=over)
-            parts.append(above - below)
-            above = below
-        weights = self.weights(x).split(1, 1)
-        output = sum(w * part for w, part in zip(weights, [*parts, above], strict=False))
-        return (output if self.low_band else output + above).to(x.dtype)
 
-    def _inside(self, x: Tensor, band: float) -> Tensor:
-        """True for the frequencies of rfftn(x) that belong to the band, (*L[:-1], L // 2 + 1)."""
-        box = torch.ones((), dtype=torch.bool, device=x.device)
-        for d, length in enumerate(x.shape[2:], start=2):
-            half = d == x.dim() - 1
-            entries = length // 2 + 1 if half else length
-            frequencies = torch.fft.rfftfreq if half else torch.fft.fftfreq
-            known = frequencies(
-                GRID if self.grid else length, dtype=torch.float32, device=x.device
-            ).abs()
-            index = torch.arange(entries, device=x.device) * known.shape[0] // entries
-            box = box.unsqueeze(-1) & (known[index] < 0.5 / band + (1e-8 if self.grid else 0))
-        return box
+@register_filter("fdconv")
+def _low_frequencies(x: Tensor, bands: Sequence[float], grid: bool = False) -> list[Tensor]:
+    over = tuple(range(2, x.dim()))
+    spectrum = torch.fft.rfftn(x, dim=over)
+    kept = [spectrum * _inside(x, band, grid) for band in bands]
+    return [torch.fft.irfftn(part, s=x.shape[2:], dim=over) for part in kept]
+
+
+register_filter("fdconv_grid")(partial(_low_frequencies, grid=True))
+
+
+def _inside(x: Tensor, band: float, grid: bool) -> Tensor:
+    """True for the frequencies of rfftn(x) that belong to the band, (*L[:-1], L // 2 + 1)."""
+    box = torch.ones((), dtype=torch.bool, device=x.device)
+    for d, length in enumerate(x.shape[2:], start=2):
+        half = d == x.dim() - 1
+        entries = length // 2 + 1 if half else length
+        frequencies = torch.fft.rfftfreq if half else torch.fft.fftfreq
+        known = frequencies(GRID if grid else length, dtype=torch.float32, device=x.device).abs()
+        index = torch.arange(entries, device=x.device) * known.shape[0] // entries
+        box = box.unsqueeze(-1) & (known[index] < 0.5 / band + (1e-8 if grid else 0))
+    return box
 
 
 def _parts(rows: int, columns: int, experts: int) -> Tensor:
