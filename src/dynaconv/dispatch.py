@@ -156,9 +156,11 @@ def explain(call: Callable, *args: Any, **kwargs: Any) -> str:
 
 
 def under_transform() -> bool:
-    """Whether torch.func.grad, jvp, jacrev ... is at work (vmap alone is not meant)."""
+    """Whether torch.func.grad, jvp, jacrev ... or forward mode is at work (not vmap alone)."""
     if torch.compiler.is_compiling():
         return False
+    if torch.autograd.forward_ad._current_level >= 0:
+        return True
     stack = torch._C._functorch.get_interpreter_stack() or []
     return any(i.key() != torch._C._functorch.TransformType.Vmap for i in stack)
 

@@ -127,7 +127,9 @@ def _inverse(spectrum: Tensor, shape: Sequence[int], norm: str) -> Tensor:
     rest = spectrum.new_zeros(*spectrum.shape[:-1], shape[-1] - half)
     whole = torch.cat([spectrum * (2 - alone.to(spectrum.real.dtype)), rest], -1)
     for d in dims:
-        whole = torch.fft.ifft(whole, dim=d, norm=norm)
+        lines = whole.movedim(d, -1).contiguous()
+        made = torch.fft.ifft(lines.flatten(0, -2), norm=norm)
+        whole = made.unflatten(0, lines.shape[:-1]).movedim(-1, d)
     return whole.real
 
 

@@ -15,5 +15,6 @@ from dynaconv.testing.features.registry import (
     feature,
     outcome,
 )
+from dynaconv.testing.features import transforms as transforms
 
 __all__ = ["FEATURES", "Feature", "cases", "check_feature", "feature", "outcome"]
