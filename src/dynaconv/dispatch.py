@@ -51,6 +51,7 @@ class Backend:
     name: str
     supports: Callable[[Problem], str | None]
     functions: dict[str, Callable[..., Tensor]]
+    has_fft: bool = True
 
 
 # In order of preference: the first that supports a problem serves it.
@@ -99,6 +100,21 @@ def down_from(name: str) -> Iterator[None]:
     finally:
         _forced.pop()
         BACKENDS[:] = kept
+
+
+@contextmanager
+def preferring(candidate: Backend) -> Iterator[None]:
+    """Inside the `with` block, `candidate` comes before all that are registered.
+
+    No outer `backend(...)` is in force there.
+    """
+    register_backend(candidate)
+    _forced.append(None)
+    try:
+        yield
+    finally:
+        _forced.pop()
+        BACKENDS.remove(candidate)
 
 
 def reason_against(candidate: Backend, problem: Problem) -> str | None:
@@ -153,6 +169,11 @@ def explain(call: Callable, *args: Any, **kwargs: Any) -> str:
         return "no primitive of dynaconv was called"
     counts = Counter(report(problem) for problem in problems)
     return "\n".join(f"{text}\n  ({n} calls)" if n > 1 else text for text, n in counts.items())
+
+
+def has_fft() -> bool:
+    """Whether layers can use FFT: not where a graph is made for a runtime that has none."""
+    return all(candidate.has_fft for candidate in BACKENDS)
 
 
 def under_transform() -> bool:

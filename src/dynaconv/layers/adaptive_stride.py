@@ -17,6 +17,8 @@ from dynaconv.layers.costs import add_cost
 from dynaconv.masking import Padded, crop, mask_from_sizes, pad_batch, sizes_from_mask
 from dynaconv.registry import register_family
 
+UNEXPORTED = "how many positions a sample gets follows its values: no graph has such sizes"
+
 
 @register_family(
     "adaptive_stride", primitive="conv_on_grid", paper="dynaconv, after Riad, ICLR 2022"
@@ -76,6 +78,8 @@ class AdaptiveStrideConv(DynamicConv):
 
     def forward(self, input: Tensor, padding_mask: Tensor | None = None) -> Any:
         """Padded, or with `restore` a tensor (N, C_out, *L_out)."""
+        if torch.compiler.is_exporting():
+            raise ValueError(f"{type(self).__name__}: {UNEXPORTED}")
         x, mask = self.prepare(input, padding_mask)
         stride = self.generate(x, mask)["stride"]
         add_cost(lambda: (stride.new_tensor(self.stride) / stride).prod(1).mean())
@@ -179,6 +183,10 @@ class AdaptiveStrideConv(DynamicConv):
         if not self.restore:
             raise ValueError("restore=False gives a padded batch and its mask, not a tensor")
         self.weight.copy_(conv.weight)
+
+    @classmethod
+    def limits(cls, arguments: dict[str, Any]) -> dict[str, str]:
+        return super().limits(arguments) | dict.fromkeys(("export", "onnx"), UNEXPORTED)
 
     @classmethod
     def samples(cls, rank: int) -> list[dict[str, Any]]:

@@ -15,6 +15,7 @@ from dynaconv.registry import register_family
 from dynaconv.shapes import Geometry, ntuple, same_padding, surely
 
 KERNELS = ("area", "pinv", "continuous")
+FREE_SIZES = "the kernel's size follows the input's: export with fixed sizes, the batch alone free"
 SizeRule = int | float | Sequence[int | float] | Callable[[tuple[int, ...]], int | Sequence[int]]
 
 
@@ -94,6 +95,8 @@ class ShapeConv(DynamicConv):
 
     def kernel_size_at(self, size: tuple[int, ...]) -> tuple[int, ...]:
         """Taps of the kernel for an input of spatial shape `size`."""
+        if any(isinstance(n, torch.SymInt) for n in size):
+            raise ValueError(f"{type(self).__name__}: {FREE_SIZES}")
         if callable(self.size_rule):
             return ntuple(self.size_rule(tuple(size)), self.rank, "kernel_size(shape)")
         reference = self.reference or size
@@ -193,6 +196,10 @@ class ShapeConv(DynamicConv):
         padding = layer.padding if isinstance(layer.padding, str) else geometry.padding
         known = super().as_static(arguments, size)
         return known | {"kernel_size": geometry.kernel, "padding": padding}
+
+    @classmethod
+    def limits(cls, arguments: dict[str, Any]) -> dict[str, str]:
+        return super().limits(arguments) | dict.fromkeys(("export", "onnx"), FREE_SIZES)
 
     @classmethod
     def samples(cls, rank: int) -> list[dict[str, Any]]:

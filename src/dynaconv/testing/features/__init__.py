@@ -7,6 +7,7 @@ cannot do, `limits` of its class says with the reason, and then the check has to
 """
 
 from dynaconv.testing.features import compile as compile
+from dynaconv.testing.features import transforms as transforms
 from dynaconv.testing.features.registry import (
     FEATURES,
     Feature,
@@ -15,6 +16,5 @@ from dynaconv.testing.features.registry import (
     feature,
     outcome,
 )
-from dynaconv.testing.features import transforms as transforms
 
 __all__ = ["FEATURES", "Feature", "cases", "check_feature", "feature", "outcome"]

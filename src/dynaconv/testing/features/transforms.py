@@ -120,7 +120,9 @@ def _gradients(
     x = x.detach().requires_grad_()
     named = {**({"input": x} if with_input else {}), **dict(layer.named_parameters())}
     found = torch.autograd.grad(loss(layer(x)), list(named.values()), allow_unused=True)
-    filled = [torch.zeros_like(t) if g is None else g for g, t in zip(found, named.values(), strict=True)]
+    filled = [
+        torch.zeros_like(t) if g is None else g for g, t in zip(found, named.values(), strict=True)
+    ]
     return dict(zip(named, filled, strict=True))
 
 
