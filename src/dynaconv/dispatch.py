@@ -177,11 +177,21 @@ def has_fft() -> bool:
 
 
 def under_transform() -> bool:
-    """Whether torch.func.grad, jvp, jacrev ... is at work (vmap alone is not meant)."""
+    """Whether torch.func.grad, jvp, jacrev ... or forward mode is at work (not vmap alone)."""
     if torch.compiler.is_compiling():
         return False
+    if torch.autograd.forward_ad._current_level >= 0:
+        return True
     stack = torch._C._functorch.get_interpreter_stack() or []
     return any(i.key() != torch._C._functorch.TransformType.Vmap for i in stack)
+
+
+def values_unknown() -> bool:
+    """Whether no size can follow a tensor's values: under torch.compile, export and vmap."""
+    if torch.compiler.is_compiling():
+        return True
+    stack = torch._C._functorch.get_interpreter_stack() or []
+    return any(i.key() == torch._C._functorch.TransformType.Vmap for i in stack)
 
 
 def is_channels_last(input: Tensor) -> bool:

@@ -55,6 +55,18 @@ def ntuple(value: IntOrTuple, rank: int, name: str, minimum: int = 1) -> tuple[i
     return values
 
 
+def surely(condition: bool) -> bool:
+    """Whether a condition on sizes holds, at whatever size where they are traced.
+
+    A branch on it does not tie a compiled or exported graph to the sizes it was traced at.
+    """
+    if not torch.compiler.is_compiling():
+        return condition
+    from torch.fx.experimental.symbolic_shapes import statically_known_true
+
+    return statically_known_true(condition)
+
+
 def same_padding(
     kernel: Sequence[int], dilation: Sequence[int]
 ) -> tuple[tuple[int, ...], tuple[int, ...]]:

@@ -1,6 +1,6 @@
 """Frequency-adaptive dilated convolution: a dilation for each position (Chen, CVPR 2024)."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from itertools import product
 from math import prod
 from typing import Any
@@ -14,7 +14,7 @@ from dynaconv.functional import deform_conv
 from dynaconv.layers.attention import Squeeze
 from dynaconv.layers.base import ConvNd, DynamicConv, at_least, conv_nd, positive, without_autocast
 from dynaconv.layers.fourier import filtered
-from dynaconv.masking import each_size, fill_up
+from dynaconv.layers.low_pass import low_pass, register_filter
 from dynaconv.registry import register_family
 from dynaconv.shapes import same_padding
 
@@ -309,33 +309,30 @@ class FreqSelect(nn.Module):
     def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
         if not x.shape[0]:  # an FFT of nothing is an error
             return x
-        if mask is None:
-            return self.reweighted(x)
-        if not mask.any():
-            return torch.zeros_like(x)
-        return fill_up(each_size(self.reweighted, x, mask).data, x.shape[2:])
-
-    def reweighted(self, x: Tensor) -> Tensor:
-        """x', all of x being real."""
         above = x.float() if x.dtype.itemsize < 4 else x  # half precision has no FFT
-        output = torch.zeros_like(above)
-        for below, conv in zip(self.lows(above), self.convs, strict=False):
-            output = output + 2 * torch.sigmoid(conv(x)) * (above - below)
+        weights, output = self.weights(x).split(1, 1), torch.zeros_like(above)
+        for weight, below in zip(weights, self.below(above, mask), strict=False):
+            output = output + weight * (above - below)
             above = below
-        if self.low_band:
-            above = 2 * torch.sigmoid(self.convs[-1](x)) * above
-        return (output + above).to(x.dtype)
+        return (output + (weights[-1] * above if self.low_band else above)).to(x.dtype)
 
-    def lows(self, x: Tensor) -> Iterator[Tensor]:
-        """What each band keeps of x."""
-        kept = [_low_pass(x, band) for band in self.bands]
-        if not has_fft():
-            yield from (filtered(x, inside) for inside in kept)
-            return
-        over = tuple(range(2, x.dim()))
-        spectrum = torch.fft.fftn(x, dim=over)
-        for inside in kept:
-            yield torch.fft.ifftn(spectrum * box(inside), dim=over).real
+    def below(self, x: Tensor, mask: Tensor | None) -> list[Tensor]:
+        """For each band, what x has below its upper limit."""
+        return low_pass(x, mask, self.bands, "adaptive_dilation")
+
+    def weights(self, x: Tensor) -> Tensor:
+        """The bands' weights (N, B, *L)."""
+        return torch.cat([2 * torch.sigmoid(conv(x)) for conv in self.convs], 1)
+
+
+@register_filter("adaptive_dilation")
+def _low_frequencies(x: Tensor, bands: Sequence[float]) -> list[Tensor]:
+    kept = [_low_pass(x, band) for band in bands]
+    if not has_fft():
+        return [filtered(x, inside) for inside in kept]
+    over = tuple(range(2, x.dim()))
+    spectrum = torch.fft.fftn(x, dim=over)
+    return [torch.fft.ifftn(spectrum * box(inside), dim=over).real for inside in kept]
 
 
 def _low_pass(x: Tensor, band: float) -> list[Tensor]:

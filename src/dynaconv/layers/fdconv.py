@@ -1,7 +1,8 @@
 """FDConv: kernels of disjoint frequencies out of one spectrum (Chen, CVPR 2025)."""
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
+from functools import partial
 from math import prod
 from typing import Any
 
@@ -14,6 +15,7 @@ from dynaconv.layers.adaptive_dilation import FreqSelect, box
 from dynaconv.layers.attention import Squeeze
 from dynaconv.layers.base import ConvNd, DynamicConv, at_least, causal, positive, without_autocast
 from dynaconv.layers.fourier import filtered, inverse_real
+from dynaconv.layers.low_pass import low_pass, register_filter
 from dynaconv.layers.sampling import zero_
 from dynaconv.masking import masked_mean
 from dynaconv.registry import register_family
@@ -283,40 +285,33 @@ class FrequencyBandModulation(FreqSelect):
         super().__init__(rank, channels, bands, low_band)
         self.grid = grid
 
-    def weights(self, x: Tensor) -> Tensor:
-        """The bands' weights (N, B, *L)."""
-        return torch.cat([2 * torch.sigmoid(conv(x)) for conv in self.convs], 1)
+    def below(self, x: Tensor, mask: Tensor | None) -> list[Tensor]:
+        return low_pass(x, mask, self.bands, "fdconv_grid" if self.grid else "fdconv")
 
-    def reweighted(self, x: Tensor) -> Tensor:
-        above = x.float() if x.dtype.itemsize < 4 else x  # half precision has no FFT
-        parts = []
-        for below in self.lows(above):
-            parts.append(above - below)
-            above = below
-        weights = self.weights(x).split(1, 1)
-        output = sum(w * part for w, part in zip(weights, [*parts, above], strict=False))
-        return (output if self.low_band else output + above).to(x.dtype)
 
-    def lows(self, x: Tensor) -> Iterator[Tensor]:
-        kept = [self._inside(x, band) for band in self.bands]
-        if not has_fft():
-            yield from (filtered(x, inside, half=True) for inside in kept)
-            return
-        over = tuple(range(2, x.dim()))
-        spectrum = torch.fft.rfftn(x, dim=over)
-        for inside in kept:
-            yield torch.fft.irfftn(spectrum * box(inside), s=x.shape[2:], dim=over)
+@register_filter("fdconv")
+def _low_frequencies(x: Tensor, bands: Sequence[float], grid: bool = False) -> list[Tensor]:
+    kept = [_inside(x, band, grid) for band in bands]
+    if not has_fft():
+        return [filtered(x, inside, half=True) for inside in kept]
+    over = tuple(range(2, x.dim()))
+    spectrum = torch.fft.rfftn(x, dim=over)
+    return [torch.fft.irfftn(spectrum * box(k), s=x.shape[2:], dim=over) for k in kept]
 
-    def _inside(self, x: Tensor, band: float) -> list[Tensor]:
-        """Which frequencies of rfftn(x) belong to the band, for each dimension."""
-        kept = []
-        for d, length in enumerate(x.shape[2:], start=2):
-            half = d == x.dim() - 1
-            entries = length // 2 + 1 if half else length
-            known = _frequencies(GRID if self.grid else length, half, x.device)
-            index = torch.arange(entries, device=x.device) * known.shape[0] // entries
-            kept.append(known[index] < 0.5 / band + (1e-8 if self.grid else 0))
-        return kept
+
+register_filter("fdconv_grid")(partial(_low_frequencies, grid=True))
+
+
+def _inside(x: Tensor, band: float, grid: bool) -> list[Tensor]:
+    """Which frequencies of rfftn(x) belong to the band, for each dimension."""
+    kept = []
+    for d, length in enumerate(x.shape[2:], start=2):
+        half = d == x.dim() - 1
+        entries = length // 2 + 1 if half else length
+        known = _frequencies(GRID if grid else length, half, x.device)
+        index = torch.arange(entries, device=x.device) * known.shape[0] // entries
+        kept.append(known[index] < 0.5 / band + (1e-8 if grid else 0))
+    return kept
 
 
 def _frequencies(count: int, half: bool, device: torch.device) -> Tensor:

@@ -12,7 +12,7 @@ from dynaconv.layers.base import ConvNd, DynamicConv
 from dynaconv.layers.continuous import KernelNetwork
 from dynaconv.masking import each_size, mask_from_sizes, sizes_from_mask
 from dynaconv.registry import register_family
-from dynaconv.shapes import Geometry, ntuple, same_padding
+from dynaconv.shapes import Geometry, ntuple, same_padding, surely
 
 KERNELS = ("area", "pinv", "continuous")
 FREE_SIZES = "the kernel's size follows the input's: export with fixed sizes, the batch alone free"
@@ -130,8 +130,9 @@ class ShapeConv(DynamicConv):
         geometry = self.geometry_at(tuple(x.shape[2:]))
         # A kernel that shrank by more than the padding leaves out what its first taps saw.
         for d, p in enumerate(geometry.padding):
-            if p < 0:
-                x = x.narrow(2 + d, -p, x.shape[2 + d] + 2 * p)
+            if not surely(p >= 0):
+                less = max(-p, 0)
+                x = x.narrow(2 + d, less, x.shape[2 + d] - 2 * less)
         inner = geometry._replace(padding=tuple(max(p, 0) for p in geometry.padding))
         x, padding = self.pad(x, inner)
         kernel = self.kernel_at(geometry.kernel)
