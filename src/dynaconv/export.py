@@ -321,9 +321,8 @@ def _trials(program: ExportedProgram, inputs: Inputs) -> Iterator[Inputs]:
         for symbol, bounds in program.range_constraints.items():
             if symbol in sizes and given[symbol][0]:
                 sizes[symbol] = int(min(max(sizes[symbol], bounds.lower), bounds.upper))
-        at = lambda size: size if isinstance(size, int) else int(size.subs(sizes))
         yield {
-            name: _resized(tensor, [at(size) for size in shape])
+            name: _resized(tensor, [n if isinstance(n, int) else int(n.subs(sizes)) for n in shape])
             for (name, tensor), shape in zip(inputs.items(), shapes, strict=True)
         }
 

@@ -89,7 +89,7 @@ def resized_shape(
         else:
             kept = _mask(length, wanted, smoothness).count_nonzero()
             kept = torch.where(kept > length // 2, length, 2 * kept - 1)
-        lengths.append(int(kept))
+        lengths.append(kept.item())
         # What torch.compile has to know of a size that it cannot read.
         torch._check(lengths[-1] >= 1)
         torch._check(lengths[-1] <= length)
