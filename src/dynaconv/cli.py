@@ -371,7 +371,7 @@ def inspect(
 
 def _inspect_image(model: "UNet", image: Path, out: Path, most: int) -> None:
     from dynaconv.data.images import read_image
-    from dynaconv.training.files import whole
+    from dynaconv.files import whole
     from dynaconv.training.kernel_pictures import draw_with_captions
 
     figure = draw_with_captions(model, read_image(image), most)

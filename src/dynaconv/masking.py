@@ -100,7 +100,7 @@ def mask_from_sizes(sizes: Tensor | Sequence, shape: Sequence[int]) -> Tensor:
     sizes = sizes.unsqueeze(1) if sizes.dim() == 1 else sizes
     if sizes.shape[1] != len(shape):
         raise ValueError(f"sizes have {sizes.shape[1]} dimensions, shape has {len(shape)}")
-    mask = torch.ones(len(sizes), *shape, dtype=torch.bool, device=sizes.device)
+    mask = torch.ones(sizes.shape[0], *shape, dtype=torch.bool, device=sizes.device)
     for d, length in enumerate(shape):
         along = [-1 if i == d else 1 for i in range(len(shape))]
         index = torch.arange(length, device=sizes.device).reshape(1, *along)

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dynaconv.functional._checks import DTYPES
-from dynaconv.shapes import IntOrTuple, ntuple
+from dynaconv.shapes import IntOrTuple, ntuple, surely
 
 NAME = "resample_kernel"
 MODES = ("area", "pinv")
@@ -52,7 +52,7 @@ def resample_kernel(weight: Tensor, size: IntOrTuple, mode: str = "area") -> Ten
     first = weight.dim() - rank
     for d, new in enumerate(ntuple(size, rank, f"{NAME}: size"), start=first):
         old = weight.shape[d]
-        if new != old:
+        if not surely(new == old):
             # torch.compile does not see through the cache.
             make = resampling_matrix if torch.compiler.is_compiling() else _cached
             matrix = make(old, new, mode).to(weight)

@@ -139,9 +139,9 @@ class ContMixConv(DynamicConv):
         size = x.shape[2:]
         if 0 in size:
             raise ValueError(f"contmix: input of spatial shape {tuple(size)} has no position")
-        missing = [k / length for k, length in zip(self.kernel_size, size, strict=True)]
-        if max(missing) <= 1:
+        if all(k <= length for k, length in zip(self.kernel_size, size, strict=True)):
             return x
+        missing = [k / length for k, length in zip(self.kernel_size, size, strict=True)]
         d = missing.index(max(missing))
         need, have = self.kernel_size[d], size[d]
         larger = [length * need // have for length in size]
