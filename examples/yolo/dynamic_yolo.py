@@ -12,6 +12,7 @@ ultralytics and a family of dynaconv, joined by a dot. The second starts from tr
 
 from copy import deepcopy
 
+import torch
 from torch import Tensor, nn
 from ultralytics.models.yolo.detect import DetectionTrainer
 from ultralytics.nn import tasks
@@ -93,10 +94,24 @@ class DynamicTrainer(DetectionTrainer):
         return model
 
 
-def torch2onnx(model, im, output_file, opset=None, dynamic=None, **_) -> str:
-    """What `model.export(format="onnx")` calls, by `dynaconv.export_onnx`."""
-    sizes = "sizes" if dynamic else "none"
-    dynaconv.export_onnx(model, im, output_file, sizes, check=False)
+def torch2onnx(model, im, output_file, opset=18, input_names=None, output_names=None, dynamic=None):
+    """What `model.export(format="onnx")` calls, by torch's newer exporter.
+
+    The older one, by tracing, makes tensors of sizes that have to be numbers.
+    """
+    axes = dict.fromkeys((dynamic or {}).get("images", {}), torch.export.Dim.DYNAMIC)
+    torch.onnx.export(
+        model,
+        (im.repeat(2, 1, 1, 1) if axes else im,),  # torch.export takes a size of 1 for fixed
+        str(output_file),
+        dynamo=True,
+        opset_version=opset,
+        input_names=input_names or ["images"],
+        output_names=output_names or ["output0"],
+        dynamic_shapes=(axes,) if axes else None,
+        external_data=False,
+        verbose=False,
+    )
     return str(output_file)
 
 

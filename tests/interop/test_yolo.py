@@ -10,11 +10,14 @@ import pytest
 import torch
 from torch import nn
 
+import dynaconv
 from dynaconv.layers.base import DynamicConv
 from tests.interop.models import TOLERANCE, awake, trains
 
 RECIPE = Path(__file__).parents[2] / "examples" / "yolo"
 YAML = RECIPE / "yolo-dynamic.yaml"
+# They enlarge their input, as nn.ConvTranspose2d does.
+UPSAMPLERS = ("carafe", "ddf_up", "dysample", "pac_transpose")
 BOTTLENECKS = r"\.m\.\d+\.cv"
 
 # The package's own warnings are not this project's.
@@ -176,15 +179,30 @@ def test_trains_on_from_static_weights_and_goes_on(recipe, yolo, once):
     assert result.boxes.xyxy.isfinite().all()
 
 
-def test_onnx(recipe, yolo, tmp_path, monkeypatch):
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_onnx(recipe, yolo, tmp_path, monkeypatch, dynamic):
     runtime = pytest.importorskip("onnxruntime")
     monkeypatch.chdir(tmp_path)
     exported = yolo(YAML)
     model = awake(exported.model, pictures(4))
-    path = exported.export(format="onnx", imgsz=64)
+    path = exported.export(format="onnx", imgsz=64, dynamic=dynamic)
     session = runtime.InferenceSession(path)
-    x = torch.rand(1, 3, 64, 64)
-    (got,) = session.run(None, {"images": x.numpy()})
-    expected = model(x)[0]
-    assert (torch.from_numpy(got) - expected).abs().max() <= TOLERANCE * expected.abs().max()
-    assert expected[:, 4:].std() > 1e-3
+    for shape in [(1, 3, 64, 64), *([(2, 3, 96, 128)] if dynamic else [])]:
+        x = torch.rand(shape)
+        (got,) = session.run(["output0"], {"images": x.numpy()})
+        expected = model(x)[0]
+        assert (torch.from_numpy(got) - expected).abs().max() <= TOLERANCE * expected.abs().max()
+        assert expected[:, 4:].std() > 1e-3
+
+
+FITTING = [n for n in dynaconv.families() if n not in UPSAMPLERS]
+
+
+@pytest.mark.parametrize("family", FITTING)
+def test_a_row_for_each_family(recipe, yolo, tmp_path, family):
+    path = tmp_path / "row.yaml"
+    path.write_text(YAML.read_text().replace("C2f.odconv, [128", f"C2f.{family}, [128"))
+    model = yolo(path).model
+    expected = dynaconv.families()[family].classes[2].__name__
+    assert set(dynamic_layers(model.model[2])) == {expected}
+    assert model(pictures())["scores"].isfinite().all()

@@ -40,7 +40,9 @@ class WithoutMask(nn.Module):
         return self.layer(x)
 
 
-@pytest.mark.parametrize(("cls", "arguments"), list(cases()), ids=lambda v: getattr(v, "__name__", ""))
+@pytest.mark.parametrize(
+    ("cls", "arguments"), list(cases()), ids=lambda v: getattr(v, "__name__", "")
+)
 def test_a_layer_is_one_node(cls, arguments):
     layer, x = randomized(cls, arguments).eval(), example(cls, arguments)
     check(layer, x)
