@@ -19,7 +19,7 @@ pytestmark = pytest.mark.interop
 MODELS = {
     "resnet18": (lambda: timm.create_model("resnet18"), r"layer[12]"),
     "mobilenetv3": (lambda: timm.create_model("mobilenetv3_small_050"), None),
-    "efficientnet": (lambda: timm.create_model("efficientnet_lite0"), None),
+    "efficientnet": (lambda: timm.create_model("tf_efficientnet_lite0"), None),
     # Conv2dSame, and CondConv2d beside it.
     "efficientnet_tf": (lambda: timm.create_model("tf_efficientnet_cc_b0_4e"), None),
     "convnext": (lambda: timm.create_model("convnext_atto"), None),
