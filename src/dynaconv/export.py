@@ -66,6 +66,7 @@ def export_onnx(
     opset: int | None = None,
     check: bool = True,
     tolerance: float = 1e-4,
+    metadata: Mapping[str, str] | None = None,
 ) -> Exported:
     """Writes `model`, in evaluation mode, as an ONNX file of standard operators.
 
@@ -88,6 +89,7 @@ def export_onnx(
         check: False leaves the comparison out.
         tolerance: the largest difference allowed, in parts of the largest value where that is
             above 1.
+        metadata: texts by name that the file carries, e.g. what the classes are called.
 
     Returns:
         What was written: names and shapes of inputs and outputs, and the comparison.
@@ -106,6 +108,7 @@ def export_onnx(
         with preferring(DEFORM[deform]):
             program = _graph(model, inputs, named, _free(inputs, dynamic))
             onnx = _translated(program, opset)
+        onnx.model.metadata_props.update(metadata or {})
         with whole(path) as temporary:
             onnx.save(temporary, external_data=False)
             compared, difference = [], None

@@ -198,9 +198,7 @@ class ShapeConv(DynamicConv):
     def limits(cls, arguments: dict[str, Any]) -> dict[str, str]:
         lacks = super().limits(arguments)
         if arguments.get("kernel") == "pinv":
-            reason = (
-                "a pseudo-inverse is another formula where a kernel grows than where it shrinks"
-            )
+            reason = "kernels that grow have another pseudo-inverse than those that shrink"
             lacks |= {"export": reason, "onnx": reason}
         return lacks
 
