@@ -3,6 +3,7 @@
 import importlib.util
 import inspect
 import logging
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -239,25 +240,35 @@ def _translated(program: ExportedProgram, opset: int | None) -> "ONNXProgram":
         raise ValueError(
             f"opset={opset} has no DeformConv; give {DEFORM_OPSET} or more, or deform='standard'"
         )
-    log = logging.getLogger("torch.onnx")
-    level = log.level
-    log.setLevel(logging.ERROR)  # it warns of operators of packages that are not installed
     try:
-        made = torch.onnx.export(
-            program,
-            (),
-            input_names=list(program.graph_signature.user_inputs),
-            output_names=outputs,
-            opset_version=opset,
-            external_data=False,
-            verbose=False,
-        )
+        with _quiet():
+            made = torch.onnx.export(
+                program,
+                (),
+                input_names=list(program.graph_signature.user_inputs),
+                output_names=outputs,
+                opset_version=opset,
+                external_data=False,
+                verbose=False,
+            )
     except Exception as error:
         cause = str(error.__cause__ or error).strip()
         raise ValueError(f"torch.onnx.export refuses the model: {cause}") from error
+    return made  # type: ignore[return-value]
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Without the exporter's warnings of itself, and of packages that are not installed."""
+    log = logging.getLogger("torch.onnx")
+    level = log.level
+    log.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)
+            yield
     finally:
         log.setLevel(level)
-    return made  # type: ignore[return-value]
 
 
 # Comparison --------------------------------------------------------------------------------
