@@ -112,7 +112,8 @@ def export_onnx(
         onnx.model.metadata_props.update(metadata or {})
         with whole(path) as temporary:
             onnx.save(temporary, external_data=False)
-            compared, difference = [], None
+            compared: list[dict[str, tuple[int, ...]]] = []
+            difference = None
             if check and importlib.util.find_spec("onnxruntime") is not None:
                 compared, difference = _compare(model, program, inputs, named, temporary)
                 if not difference <= tolerance:
@@ -284,7 +285,8 @@ def _compare(
         session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
     except Exception as error:
         raise ValueError(f"onnxruntime refuses what was exported: {error}") from error
-    compared, worst = [], 0.0
+    compared: list[dict[str, tuple[int, ...]]] = []
+    worst = 0.0
     for trial in _trials(program, inputs):
         try:
             expected = tree_leaves(model(**trial) if named else model(*trial.values()))
@@ -318,7 +320,7 @@ def _trials(program: ExportedProgram, inputs: Inputs) -> Iterator[Inputs]:
     names = program.graph_signature.user_inputs
     values = {n.name: n.meta["val"] for n in program.graph.nodes if n.op == "placeholder"}
     shapes = [
-        [n.node.expr if isinstance(n, torch.SymInt) else n for n in values[name].shape]  # type: ignore[index]
+        [n.node.expr if isinstance(n, torch.SymInt) else n for n in values[name].shape]
         for name in names
     ]
     yield inputs

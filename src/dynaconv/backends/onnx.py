@@ -10,6 +10,7 @@ from dataclasses import replace
 from functools import reduce
 from itertools import product
 from math import prod
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -125,7 +126,7 @@ def deform_conv(
         input, shifts, weight = (t.unsqueeze(-2) for t in (input, shifts, weight))
         modulation = None if modulation is None else modulation.unsqueeze(-2)
         return deform_conv(input, shifts, weight, bias, modulation, tall, groups).squeeze(-2)
-    attributes = {
+    attributes: dict[str, Any] = {
         "kernel_shape": list(geometry.kernel),
         "strides": list(geometry.stride),
         "pads": 2 * list(geometry.padding),

@@ -197,11 +197,12 @@ def _inside_by_taps(x: Tensor, weight: Tensor, kernel: Sequence[int]) -> Tensor:
         (torch.arange(length, device=x.device) - k // 2).clamp(0, length - k)
         for length, k in zip(x.shape[2:], kernel, strict=True)
     ]
-    x, weight = x.unflatten(1, (weight.shape[1], -1)), weight.unsqueeze(2)
+    x = x.unflatten(1, (weight.shape[1], -1))
+    taps = weight.unsqueeze(2).flatten(3, 2 + len(kernel))
     parts = []
-    for tap in product(*map(range, kernel)):
+    for number, tap in enumerate(product(*map(range, kernel))):
         seen = x
         for d, (i, start) in enumerate(zip(tap, starts, strict=True), start=3):
             seen = seen.index_select(d, start + i)
-        parts.append(weight[(slice(None), slice(None), slice(None), *tap)] * seen)
+        parts.append(taps[:, :, :, number] * seen)
     return reduce(torch.add, parts).flatten(1, 2)
