@@ -188,7 +188,10 @@ class LearnedStrideConv(DynamicConv):
 
     @classmethod
     def limits(cls, arguments: dict[str, Any]) -> dict[str, str]:
-        return super().limits(arguments) | dict.fromkeys(("export", "onnx"), UNEXPORTED)
+        found = dict.fromkeys(("export", "onnx"), UNEXPORTED)
+        found["vmap"] = "stacked layers whose strides differ have outputs of different sizes"
+        found["compile_mask"] = "each sample's real size and the strides decide the output's size"
+        return super().limits(arguments) | found
 
     @classmethod
     def samples(cls, rank: int) -> list[dict[str, Any]]:

@@ -199,7 +199,9 @@ class ShapeConv(DynamicConv):
 
     @classmethod
     def limits(cls, arguments: dict[str, Any]) -> dict[str, str]:
-        return super().limits(arguments) | dict.fromkeys(("export", "onnx"), FREE_SIZES)
+        found = dict.fromkeys(("export", "onnx"), FREE_SIZES)
+        found["compile_mask"] = "each sample's real size decides the size of its own kernel"
+        return super().limits(arguments) | found
 
     @classmethod
     def samples(cls, rank: int) -> list[dict[str, Any]]:
