@@ -156,6 +156,11 @@ class ContMixConv(DynamicConv):
         )
 
     @classmethod
+    def limits(cls, arguments: dict[str, Any]) -> dict[str, str]:
+        sizes = "each sample's real size decides its windows, and to what size it is enlarged"
+        return super().limits(arguments) | {"compile_mask": sizes}
+
+    @classmethod
     def samples(cls, rank: int) -> list[dict[str, Any]]:
         return [
             {"in_channels": 4, "out_channels": 8, "kernel_size": 5, "padding": 2}

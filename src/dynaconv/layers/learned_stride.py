@@ -184,8 +184,11 @@ class LearnedStrideConv(DynamicConv):
 
     @classmethod
     def limits(cls, arguments: dict[str, Any]) -> dict[str, str]:
-        reason = "ONNX has no stable sort and no FFT of a size that a parameter decides"
-        return super().limits(arguments) | {"onnx": reason}
+        return super().limits(arguments) | {
+            "onnx": "ONNX has no stable sort and no FFT of a size that a parameter decides",
+            "vmap": "stacked layers whose strides differ have outputs of different sizes",
+            "compile_mask": "each sample's real size and the strides decide the output's size",
+        }
 
     @classmethod
     def samples(cls, rank: int) -> list[dict[str, Any]]:
