@@ -3,6 +3,7 @@
 import importlib.util
 import inspect
 import logging
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -66,6 +67,7 @@ def export_onnx(
     opset: int | None = None,
     check: bool = True,
     tolerance: float = 1e-4,
+    metadata: Mapping[str, str] | None = None,
 ) -> Exported:
     """Writes `model`, in evaluation mode, as an ONNX file of standard operators.
 
@@ -88,6 +90,7 @@ def export_onnx(
         check: False leaves the comparison out.
         tolerance: the largest difference allowed, in parts of the largest value where that is
             above 1.
+        metadata: texts by name that the file carries, e.g. what the classes are called.
 
     Returns:
         What was written: names and shapes of inputs and outputs, and the comparison.
@@ -106,9 +109,11 @@ def export_onnx(
         with preferring(DEFORM[deform]):
             program = _graph(model, inputs, named, _free(inputs, dynamic))
             onnx = _translated(program, opset)
+        onnx.model.metadata_props.update(metadata or {})
         with whole(path) as temporary:
             onnx.save(temporary, external_data=False)
-            compared, difference = [], None
+            compared: list[dict[str, tuple[int, ...]]] = []
+            difference = None
             if check and importlib.util.find_spec("onnxruntime") is not None:
                 compared, difference = _compare(model, program, inputs, named, temporary)
                 if not difference <= tolerance:
@@ -236,25 +241,35 @@ def _translated(program: ExportedProgram, opset: int | None) -> "ONNXProgram":
         raise ValueError(
             f"opset={opset} has no DeformConv; give {DEFORM_OPSET} or more, or deform='standard'"
         )
-    log = logging.getLogger("torch.onnx")
-    level = log.level
-    log.setLevel(logging.ERROR)  # it warns of operators of packages that are not installed
     try:
-        made = torch.onnx.export(
-            program,
-            (),
-            input_names=list(program.graph_signature.user_inputs),
-            output_names=outputs,
-            opset_version=opset,
-            external_data=False,
-            verbose=False,
-        )
+        with _quiet():
+            made = torch.onnx.export(
+                program,
+                (),
+                input_names=list(program.graph_signature.user_inputs),
+                output_names=outputs,
+                opset_version=opset,
+                external_data=False,
+                verbose=False,
+            )
     except Exception as error:
         cause = str(error.__cause__ or error).strip()
         raise ValueError(f"torch.onnx.export refuses the model: {cause}") from error
+    return made  # type: ignore[return-value]
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Without the exporter's warnings of itself, and of packages that are not installed."""
+    log = logging.getLogger("torch.onnx")
+    level = log.level
+    log.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)
+            yield
     finally:
         log.setLevel(level)
-    return made  # type: ignore[return-value]
 
 
 # Comparison --------------------------------------------------------------------------------
@@ -270,7 +285,8 @@ def _compare(
         session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
     except Exception as error:
         raise ValueError(f"onnxruntime refuses what was exported: {error}") from error
-    compared, worst = [], 0.0
+    compared: list[dict[str, tuple[int, ...]]] = []
+    worst = 0.0
     for trial in _trials(program, inputs):
         try:
             expected = tree_leaves(model(**trial) if named else model(*trial.values()))
@@ -304,7 +320,7 @@ def _trials(program: ExportedProgram, inputs: Inputs) -> Iterator[Inputs]:
     names = program.graph_signature.user_inputs
     values = {n.name: n.meta["val"] for n in program.graph.nodes if n.op == "placeholder"}
     shapes = [
-        [n.node.expr if isinstance(n, torch.SymInt) else n for n in values[name].shape]  # type: ignore[index]
+        [n.node.expr if isinstance(n, torch.SymInt) else n for n in values[name].shape]
         for name in names
     ]
     yield inputs

@@ -120,7 +120,12 @@ def sizes_from_mask(mask: Tensor) -> Tensor:
 
 
 def output_mask(mask: Tensor, geometry: Geometry) -> Tensor:
-    """The mask of a convolution's output: the positions that each sample has when alone."""
+    """The mask of a convolution's output: the positions that each sample has when alone.
+
+    Where the output is as large as the input at any size, it is `mask` itself.
+    """
+    if all(s == 1 and 2 * p == d * (k - 1) for k, s, p, d in zip(*geometry, strict=True)):
+        return mask
     sizes = sizes_from_mask(mask)
     columns = geometry.output_size(sizes.unbind(1))  # type: ignore[arg-type]
     shape = geometry.output_size(mask.shape[1:])

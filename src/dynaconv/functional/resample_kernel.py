@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from dynaconv.dispatch import under_transform, values_unknown
 from dynaconv.functional._checks import DTYPES
 from dynaconv.shapes import IntOrTuple, ntuple, surely
 
@@ -53,8 +54,9 @@ def resample_kernel(weight: Tensor, size: IntOrTuple, mode: str = "area") -> Ten
     for d, new in enumerate(ntuple(size, rank, f"{NAME}: size"), start=first):
         old = weight.shape[d]
         if not surely(new == old):
-            # torch.compile does not see through the cache.
-            make = resampling_matrix if torch.compiler.is_compiling() else _cached
+            # torch.compile does not see through the cache; what torch.func makes must not stay.
+            traced = values_unknown() or under_transform()
+            make = resampling_matrix if traced else _cached
             matrix = make(old, new, mode).to(weight)
             weight = torch.tensordot(weight, matrix, ([d], [1])).movedim(-1, d)
     return weight

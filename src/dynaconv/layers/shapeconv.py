@@ -196,13 +196,11 @@ class ShapeConv(DynamicConv):
 
     @classmethod
     def limits(cls, arguments: dict[str, Any]) -> dict[str, str]:
-        lacks = super().limits(arguments)
+        found = {"compile_mask": "each sample's real size decides the size of its own kernel"}
         if arguments.get("kernel") == "pinv":
-            reason = (
-                "a pseudo-inverse is another formula where a kernel grows than where it shrinks"
-            )
-            lacks |= {"export": reason, "onnx": reason}
-        return lacks
+            reason = "kernels that grow have another pseudo-inverse than those that shrink"
+            found |= {"export": reason, "onnx": reason}
+        return super().limits(arguments) | found
 
     @classmethod
     def samples(cls, rank: int) -> list[dict[str, Any]]:
