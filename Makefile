@@ -8,17 +8,22 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 NATIVE := src/dynaconv/backends/native
 BUILT := $(VENV)/.built
+# A second environment: other people's models, and the torch that comes with them.
+INTEROP ?= .venv-interop
 
-.PHONY: demo test slow lint format bench wheel clean
+.PHONY: demo test slow interop lint format bench wheel clean
 
 demo: $(BUILT)
 	$(BIN)/dynaconv demo
 
 test: $(BUILT)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto -m "not slow"
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto -m "not slow and not interop"
 
 slow: $(BUILT)
 	$(BIN)/python -m pytest -m slow
+
+interop: $(INTEROP)/.installed
+	OMP_NUM_THREADS=1 $(INTEROP)/bin/python -m pytest -m interop tests/interop
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .
@@ -47,5 +52,13 @@ $(INSTALLED): pyproject.toml setup.py
 	DYNACONV_BUILD=0 $(BIN)/python -m pip install --quiet --editable ".[app,dev]"
 	touch $@
 
+$(INTEROP)/.installed: pyproject.toml setup.py
+	$(PYTHON) -m venv $(INTEROP)
+	$(INTEROP)/bin/python -m pip install --quiet --upgrade pip
+	DYNACONV_BUILD=0 $(INTEROP)/bin/python -m pip install --quiet --editable . \
+		timm torchvision segmentation-models-pytorch ultralytics \
+		onnx onnxruntime onnxscript onnxslim pytest hypothesis
+	touch $@
+
 clean:
-	rm -rf $(VENV) build dist src/*.egg-info $(NATIVE)/objects $(NATIVE)/*.so
+	rm -rf $(VENV) $(INTEROP) build dist src/*.egg-info $(NATIVE)/objects $(NATIVE)/*.so

@@ -11,6 +11,7 @@ from torch.nn.modules.conv import _ConvTransposeNd
 from torch.nn.parameter import is_lazy
 from torch.nn.utils import parametrize
 
+from dynaconv import padded
 from dynaconv.layers.base import ConvNd, DynamicConv
 from dynaconv.modules import count_parameters, put
 from dynaconv.registry import Family, family
@@ -163,7 +164,7 @@ def _reason_against(module: ConvNd, target: Family) -> str | None:
     base, kind = cls.static[rank], type(module)
     methods = [f for f in ("forward", "_conv_forward") if hasattr(base, f)]
     own = [f for f in methods if getattr(kind, f) is not getattr(base, f)]
-    if own:
+    if own and padded.parts(module) is None:
         return f"{kind.__name__} has a {own[0]} of its own"
     if parametrize.is_parametrized(module):
         return "its weight is parametrized"
@@ -178,13 +179,16 @@ def _class_for(module: ConvNd, target: Family) -> type[DynamicConv] | None:
     return next(kinds, None)
 
 
-def _replacement(conv: ConvNd, target: Family, exact: bool, options: dict[str, Any]) -> DynamicConv:
+def _replacement(conv: ConvNd, target: Family, exact: bool, options: dict[str, Any]) -> nn.Module:
+    """The layer for `conv`, behind what pads its input where `conv` did that itself."""
+    pad, conv = padded.parts(conv) or (None, conv)
     cls = _class_for(conv, target)
     if cls is None:
         raise ValueError(f"{target.name} has no form for {type(conv).__name__}")
     try:
-        return cls.from_conv(conv, **options)
+        layer = cls.from_conv(conv, **options)
     except ValueError:
         if exact:
             raise
-        return cls.like(conv, **options)
+        layer = cls.like(conv, **options)
+    return layer if pad is None else nn.Sequential(pad, layer).train(conv.training)

@@ -51,6 +51,7 @@ class Backend:
     name: str
     supports: Callable[[Problem], str | None]
     functions: dict[str, Callable[..., Tensor]]
+    has_fft: bool = True
 
 
 # In order of preference: the first that supports a problem serves it.
@@ -104,6 +105,21 @@ def down_from(name: str) -> Iterator[None]:
     finally:
         _forced.pop()
         BACKENDS[:] = kept
+
+
+@contextmanager
+def preferring(candidate: Backend) -> Iterator[None]:
+    """Inside the `with` block, `candidate` comes before all that are registered.
+
+    No outer `backend(...)` is in force there.
+    """
+    register_backend(candidate)
+    _forced.append(None)
+    try:
+        yield
+    finally:
+        _forced.pop()
+        BACKENDS.remove(candidate)
 
 
 def reason_against(candidate: Backend, problem: Problem) -> str | None:
@@ -160,12 +176,27 @@ def explain(call: Callable, *args: Any, **kwargs: Any) -> str:
     return "\n".join(f"{text}\n  ({n} calls)" if n > 1 else text for text, n in counts.items())
 
 
+def has_fft() -> bool:
+    """Whether layers can use FFT: not where a graph is made for a runtime that has none."""
+    return all(candidate.has_fft for candidate in BACKENDS)
+
+
 def under_transform() -> bool:
-    """Whether torch.func.grad, jvp, jacrev ... is at work (vmap alone is not meant)."""
+    """Whether torch.func.grad, jvp, jacrev ... or forward mode is at work (not vmap alone)."""
     if torch.compiler.is_compiling():
         return False
+    if torch.autograd.forward_ad._current_level >= 0:
+        return True
     stack = torch._C._functorch.get_interpreter_stack() or []
     return any(i.key() != torch._C._functorch.TransformType.Vmap for i in stack)
+
+
+def values_unknown() -> bool:
+    """Whether no size can follow a tensor's values: under torch.compile, export and vmap."""
+    if torch.compiler.is_compiling():
+        return True
+    stack = torch._C._functorch.get_interpreter_stack() or []
+    return any(i.key() == torch._C._functorch.TransformType.Vmap for i in stack)
 
 
 def is_channels_last(input: Tensor) -> bool:

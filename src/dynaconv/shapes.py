@@ -8,6 +8,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 IntOrTuple = int | Sequence[int]
+# In an exported graph a size is a symbol.
+INTS = (int, torch.SymInt)
 Padding = int | Sequence[int] | str
 
 
@@ -46,11 +48,23 @@ def ntuple(value: IntOrTuple, rank: int, name: str, minimum: int = 1) -> tuple[i
         values = values * rank
     if len(values) != rank:
         raise ValueError(f"{name}={value!r} has {len(values)} entries; give 1 or {rank}")
-    if any(isinstance(v, bool) or not isinstance(v, int) for v in values):
+    if any(isinstance(v, bool) or not isinstance(v, INTS) for v in values):
         raise TypeError(f"{name}={value!r} must be int or a tuple of {rank} ints")
     if any(v < minimum for v in values):
         raise ValueError(f"{name}={value!r} must be at least {minimum}")
     return values
+
+
+def surely(condition: bool) -> bool:
+    """Whether a condition on sizes holds, at whatever size where they are traced.
+
+    A branch on it does not tie a compiled or exported graph to the sizes it was traced at.
+    """
+    if not torch.compiler.is_compiling():
+        return condition
+    from torch.fx.experimental.symbolic_shapes import statically_known_true
+
+    return statically_known_true(condition)
 
 
 def same_padding(

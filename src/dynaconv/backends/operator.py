@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.library import custom_op
 from torch.utils.flop_counter import register_flop_formula
 
-GEOMETRY = "int[] stride, int[] padding, int[] dilation"
+GEOMETRY = "SymInt[] stride, SymInt[] padding, SymInt[] dilation"
 
 
 class Operator:

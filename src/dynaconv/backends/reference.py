@@ -53,10 +53,17 @@ def conv_mixture(
     groups: int,
 ) -> Tensor:
     """W[n] = sum_e coefficients[n, e] * weight[e], then one kernel a sample."""
+    return conv_per_sample(input, *mixture(weight, coefficients, bias), geometry, groups)
+
+
+def mixture(
+    weight: Tensor, coefficients: Tensor, bias: Tensor | None
+) -> tuple[Tensor, Tensor | None]:
+    """Each sample's kernel (N, C_out, C_in / groups, *K) and bias (N, C_out)."""
     kernels = mixed(weight, coefficients)
     if bias is not None:
         bias = coefficients @ bias if bias.dim() == 2 else bias.expand(kernels.shape[0], -1)
-    return conv_per_sample(input, kernels, bias, geometry, groups)
+    return kernels, bias
 
 
 def conv_per_position(input: Tensor, weight: Tensor, geometry: Geometry) -> Tensor:

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from dynaconv.shapes import Geometry, IntOrTuple, enlarged_size, ntuple
+from dynaconv.shapes import INTS, Geometry, IntOrTuple, enlarged_size, ntuple
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
@@ -53,7 +53,7 @@ def check_shape(name: str, what: str, tensor: Tensor, expected: tuple[object, ..
 
 def check_groups(name: str, channels: int, groups: int, what: str = "channels") -> None:
     """`groups` is a positive int that divides `channels`."""
-    if isinstance(groups, bool) or not isinstance(groups, int):
+    if isinstance(groups, bool) or not isinstance(groups, INTS):
         raise TypeError(f"{name}: groups={groups!r} must be an int")
     if groups < 1 or channels % groups:
         raise ValueError(f"{name}: groups={groups} does not divide {channels} {what}")

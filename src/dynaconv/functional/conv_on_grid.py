@@ -71,8 +71,11 @@ def conv_on_grid(
 
 def sample(x: Tensor, positions: Sequence[Tensor]) -> Tensor:
     """x (N, C, *L) at a grid of positions, for each dimension d (N, S[d]): (N, C, *S)."""
-    growth = [t.shape[1] / length for t, length in zip(positions, x.shape[2:], strict=True)]
-    for d in sorted(range(len(positions)), key=growth.__getitem__):  # what shrinks goes first
+    order = list(range(len(positions)))
+    if not torch.compiler.is_compiling():  # a traced order would hold for some sizes only
+        growth = [t.shape[1] / length for t, length in zip(positions, x.shape[2:], strict=True)]
+        order.sort(key=growth.__getitem__)  # what shrinks goes first
+    for d in order:
         x = _sample_dimension(x, positions[d], 2 + d)
     return x
 

@@ -7,8 +7,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from dynaconv.dispatch import under_transform, values_unknown
 from dynaconv.functional._checks import DTYPES
-from dynaconv.shapes import IntOrTuple, ntuple
+from dynaconv.shapes import IntOrTuple, ntuple, surely
 
 NAME = "resample_kernel"
 MODES = ("area", "pinv")
@@ -52,9 +53,10 @@ def resample_kernel(weight: Tensor, size: IntOrTuple, mode: str = "area") -> Ten
     first = weight.dim() - rank
     for d, new in enumerate(ntuple(size, rank, f"{NAME}: size"), start=first):
         old = weight.shape[d]
-        if new != old:
-            # torch.compile does not see through the cache.
-            make = resampling_matrix if torch.compiler.is_compiling() else _cached
+        if not surely(new == old):
+            # torch.compile does not see through the cache; what torch.func makes must not stay.
+            traced = values_unknown() or under_transform()
+            make = resampling_matrix if traced else _cached
             matrix = make(old, new, mode).to(weight)
             weight = torch.tensordot(weight, matrix, ([d], [1])).movedim(-1, d)
     return weight

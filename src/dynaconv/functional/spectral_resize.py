@@ -1,6 +1,7 @@
 """Resizing in the Fourier domain: to whole sizes, or to learned sizes through a soft mask."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -70,23 +71,29 @@ def spectral_resize(
         return _published_resize(x, size, smoothness, new).to(input.dtype)  # type: ignore[arg-type]
     spectrum = _transform(x)
     if isinstance(size, Tensor):
-        spectrum = _soft_mask(spectrum, shape, size, smoothness)
-    return _inverse(_cut(spectrum, shape, new), new).to(input.dtype)
+        spectrum = _cut_learned(_soft_mask(spectrum, shape, size, smoothness), shape, new)
+    else:
+        spectrum = _cut(spectrum, shape, new)
+    return _inverse(spectrum, new, "forward").to(input.dtype)
 
 
 def resized_shape(
     shape: Sequence[int], size: Tensor, smoothness: float = 4.0, published: bool = False
 ) -> tuple[int, ...]:
     """The output's spatial shape for an input of spatial shape `shape` and learned sizes (D,)."""
-    lengths = []
+    lengths: list[Any] = []
     for d, (length, wanted) in enumerate(zip(shape, size.detach(), strict=True)):
-        if not published:
-            kept = int(_mask(length, wanted, smoothness).count_nonzero())
-            lengths.append(length if kept > length // 2 else 2 * kept - 1)
-            continue
         last = d == len(shape) - 1
-        kept = int(_published_mask(length, wanted, smoothness, last).count_nonzero())
-        lengths.append(max(2 * (kept - 1), 1) if last else kept)
+        if published:
+            kept = _published_mask(length, wanted, smoothness, last).count_nonzero()
+            kept = (2 * kept - 2).clamp(min=1) if last else kept
+        else:
+            kept = _mask(length, wanted, smoothness).count_nonzero()
+            kept = torch.where(kept > length // 2, length, 2 * kept - 1)
+        lengths.append(kept.item())  # not int(): that would ask for the value in an exported graph
+        # What torch.compile has to know of a size that it cannot read.
+        torch._check(lengths[-1] >= 1)
+        torch._check(lengths[-1] <= length)
     return tuple(lengths)
 
 
@@ -97,7 +104,10 @@ def _check_learned(input: Tensor, size: Tensor, rank: int) -> None:
             f"{NAME}: size is a tensor of dtype {size.dtype}; give ints, or a floating-point tensor"
         )
     check_shape(NAME, "size", size, (rank,))
-    if not bool((size > 0).all() & size.isfinite().all()):
+    fine = (size > 0).all() & size.isfinite().all()
+    if torch.compiler.is_compiling():
+        torch._assert_async(fine, f"{NAME}: size must be above 0 and finite")
+    elif not fine:
         raise ValueError(f"{NAME}: size={size.tolist()} must be above 0 and finite")
 
 
@@ -106,10 +116,22 @@ def _transform(x: Tensor) -> Tensor:
     return torch.fft.rfftn(x, dim=tuple(range(2, x.dim())), norm="forward")
 
 
-def _inverse(spectrum: Tensor, shape: Sequence[int]) -> Tensor:
-    """The signal (N, C, *shape) of a spectrum."""
+def _inverse(spectrum: Tensor, shape: Sequence[int], norm: str) -> Tensor:
+    """The signal (N, C, *shape) of a spectrum, half of it in the last dimension."""
     dims = tuple(range(2, spectrum.dim()))
-    return torch.fft.irfftn(spectrum, s=tuple(shape), dim=dims, norm="forward")
+    if not torch.compiler.is_compiling():
+        return torch.fft.irfftn(spectrum, s=tuple(shape), dim=dims, norm=norm)
+    # The same by an FFT that asks nothing of a size that a value decides: each bin stands for its
+    # mirror image too, but the first and that at half.
+    half, bins = spectrum.shape[-1], torch.arange(spectrum.shape[-1], device=spectrum.device)
+    alone = (bins == 0) | (2 * bins == shape[-1])
+    rest = spectrum.new_zeros(*spectrum.shape[:-1], shape[-1] - half)
+    whole = torch.cat([spectrum * (2 - alone.to(spectrum.real.dtype)), rest], -1)
+    for d in dims:
+        lines = whole.movedim(d, -1).contiguous()
+        made = torch.fft.ifft(lines.flatten(0, -2), norm=norm)
+        whole = made.unflatten(0, lines.shape[:-1]).movedim(-1, d)
+    return whole.real
 
 
 def _cut(spectrum: Tensor, old: Sequence[int], new: Sequence[int]) -> Tensor:
@@ -146,6 +168,16 @@ def _cut_whole(spectrum: Tensor, dim: int, old: int, new: int) -> Tensor:
     return torch.cat([low, half / 2, spectrum.new_zeros(gap), half / 2, high], dim)
 
 
+def _cut_learned(spectrum: Tensor, old: Sequence[int], new: Sequence[int]) -> Tensor:
+    """`_cut` to a size that is odd or `old` itself, where no frequencies share a bin."""
+    *others, last = range(len(old))
+    for d in others:
+        low, high = new[d] // 2 + 1, (new[d] - 1) // 2
+        parts = spectrum.narrow(d + 2, 0, low), spectrum.narrow(d + 2, old[d] - high, high)
+        spectrum = torch.cat(parts, d + 2)
+    return spectrum.narrow(last + 2, 0, new[last] // 2 + 1)
+
+
 def _soft_mask(spectrum: Tensor, shape: Sequence[int], size: Tensor, smoothness: float) -> Tensor:
     """m X for the spectrum X of a signal of spatial shape `shape`."""
     for d, length in enumerate(shape):
@@ -170,11 +202,13 @@ def _published_resize(x: Tensor, size: Tensor, smoothness: float, new: tuple[int
     dims, shape = tuple(range(2, x.dim())), x.shape[2:]
     spectrum = torch.fft.rfftn(x, dim=dims)
     for d, length in enumerate(shape):
-        mask = _published_mask(length, size[d], smoothness, d == len(shape) - 1)
-        kept = mask.nonzero().squeeze(1)
+        last = d == len(shape) - 1
+        mask = _published_mask(length, size[d], smoothness, last)
+        count = new[d] // 2 + 1 if last else new[d]
+        kept = (mask == 0).byte().argsort(stable=True).narrow(0, 0, count)
         spectrum = spectrum.index_select(d + 2, kept)
         spectrum = spectrum * _along(mask[kept].to(x.dtype), d, len(shape))
-    return torch.fft.irfftn(spectrum, s=new, dim=dims)
+    return _inverse(spectrum, new, "backward")
 
 
 def _published_mask(length: int, size: Tensor, smoothness: float, last: bool) -> Tensor:

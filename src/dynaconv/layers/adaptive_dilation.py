@@ -9,10 +9,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from dynaconv.dispatch import has_fft
 from dynaconv.functional import deform_conv
 from dynaconv.layers.attention import Squeeze
 from dynaconv.layers.base import ConvNd, DynamicConv, at_least, conv_nd, positive, without_autocast
-from dynaconv.masking import each_size, fill_up
+from dynaconv.layers.fourier import filtered
+from dynaconv.layers.low_pass import low_pass, register_filter
 from dynaconv.registry import register_family
 from dynaconv.shapes import same_padding
 
@@ -307,35 +309,48 @@ class FreqSelect(nn.Module):
     def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
         if not x.shape[0]:  # an FFT of nothing is an error
             return x
-        if mask is None:
-            return self.reweighted(x)
-        if not mask.any():
-            return torch.zeros_like(x)
-        return fill_up(each_size(self.reweighted, x, mask).data, x.shape[2:])
-
-    def reweighted(self, x: Tensor) -> Tensor:
-        """x', all of x being real."""
-        over = tuple(range(2, x.dim()))
         above = x.float() if x.dtype.itemsize < 4 else x  # half precision has no FFT
-        spectrum = torch.fft.fftn(above, dim=over)
-        output = torch.zeros_like(above)
-        for band, conv in zip(self.bands, self.convs, strict=False):
-            kept = spectrum * _low_pass(x, band)
-            below = torch.fft.ifftn(kept, dim=over).real
-            output = output + 2 * torch.sigmoid(conv(x)) * (above - below)
+        weights, output = self.weights(x).split(1, 1), torch.zeros_like(above)
+        for weight, below in zip(weights, self.below(above, mask), strict=False):
+            output = output + weight * (above - below)
             above = below
-        if self.low_band:
-            above = 2 * torch.sigmoid(self.convs[-1](x)) * above
-        return (output + above).to(x.dtype)
+        return (output + (weights[-1] * above if self.low_band else above)).to(x.dtype)
+
+    def below(self, x: Tensor, mask: Tensor | None) -> list[Tensor]:
+        """For each band, what x has below its upper limit."""
+        return low_pass(x, mask, self.bands, "adaptive_dilation")
+
+    def weights(self, x: Tensor) -> Tensor:
+        """The bands' weights (N, B, *L)."""
+        return torch.cat([2 * torch.sigmoid(conv(x)) for conv in self.convs], 1)
 
 
-def _low_pass(x: Tensor, band: float) -> Tensor:
-    """1 for the frequencies of x (N, C, *L) that belong to its lowest 1 / band, else 0: (*L)."""
-    box = torch.ones((), device=x.device)
+@register_filter("adaptive_dilation")
+def _low_frequencies(x: Tensor, bands: Sequence[float]) -> list[Tensor]:
+    kept = [_low_pass(x, band) for band in bands]
+    if not has_fft():
+        return [filtered(x, inside) for inside in kept]
+    over = tuple(range(2, x.dim()))
+    spectrum = torch.fft.fftn(x, dim=over)
+    return [torch.fft.ifftn(spectrum * box(inside), dim=over).real for inside in kept]
+
+
+def _low_pass(x: Tensor, band: float) -> list[Tensor]:
+    """Which frequencies of x (N, C, *L) belong to its lowest 1 / band, for each dimension."""
+    kept = []
     for length in x.shape[2:]:
         # Rounded as published, so that the box may lie half a frequency off the centre.
-        start, stop = (round(length / 2 + side * length / (2 * band)) for side in (-1, 1))
-        index = torch.arange(length, device=x.device)
-        inside = torch.fft.ifftshift((index >= start) & (index < stop))
-        box = box.unsqueeze(-1) * inside
-    return box
+        # In tensors: an exported graph knows the length no earlier.
+        whole = torch.scalar_tensor(length, dtype=torch.float64, device=x.device)
+        start, stop = ((whole / 2 + side * whole / (2 * band)).round() for side in (-1, 1))
+        from_centre = (torch.arange(length, device=x.device) + length // 2) % whole
+        kept.append((from_centre >= start) & (from_centre < stop))
+    return kept
+
+
+def box(kept: Sequence[Tensor]) -> Tensor:
+    """The frequencies (*L) that all dimensions keep."""
+    whole = kept[0]
+    for inside in kept[1:]:
+        whole = whole.unsqueeze(-1) & inside
+    return whole

@@ -1,19 +1,21 @@
 """The stride chosen per input: each sample's output has a size of its own."""
 
 from collections.abc import Sequence
-from math import ceil, log
+from math import floor, log
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from dynaconv.dispatch import values_unknown
 from dynaconv.functional import conv_on_grid
 from dynaconv.functional._checks import check_output
 from dynaconv.functional.conv_on_grid import sample
 from dynaconv.layers.attention import Regulator
 from dynaconv.layers.base import ConvNd, DynamicConv, at_least, positive
 from dynaconv.layers.costs import add_cost
-from dynaconv.masking import Padded, crop, pad_batch, sizes_from_mask
+from dynaconv.layers.tracing import one_node
+from dynaconv.masking import Padded, crop, mask_from_sizes, pad_batch, sizes_from_mask
 from dynaconv.registry import register_family
 
 
@@ -34,7 +36,9 @@ class AdaptiveStrideConv(DynamicConv):
     `dynaconv.MaskedSequential` takes it from there. With `restore=True` the output is a tensor of
     nn.ConvNd's size, resized back by linear interpolation, for models of any kind (`from_conv`
     and `convert` take that). `with collect_costs() as costs:` around a forward pass collects what
-    a regulariser needs.
+    a regulariser needs. Under torch.compile, torch.export and torch.vmap, where no size can follow
+    a value, all samples are computed as far as `low` reaches: nothing is saved there, and `Padded`
+    is as large as that.
 
     Args:
         low, high: bounds of the stride, real numbers.
@@ -71,6 +75,7 @@ class AdaptiveStrideConv(DynamicConv):
         stride = start * torch.exp(reach * moved)
         return {"stride": stride + (stride.clamp(self.low, self.high) - stride).detach()}
 
+    @one_node
     def forward(self, input: Tensor, padding_mask: Tensor | None = None) -> Any:
         """Padded, or with `restore` a tensor (N, C_out, *L_out)."""
         x, mask = self.prepare(input, padding_mask)
@@ -84,26 +89,42 @@ class AdaptiveStrideConv(DynamicConv):
 
     def strided(self, x: Tensor, mask: Tensor | None, stride: Tensor) -> Padded:
         """Each sample at its own stride; those of one input and output size go together."""
-        full = torch.tensor(x.shape[2:]).expand(x.shape[0], self.rank)
-        sizes = (full if mask is None else sizes_from_mask(mask).cpu()).tolist()
-        outputs = [self.size_at(n, s) for n, s in zip(sizes, stride.tolist(), strict=True)]
+        full = torch.tensor(x.shape[2:], device=x.device).expand(x.shape[0], self.rank)
+        sizes = full if mask is None else sizes_from_mask(mask)
+        outputs = self.sizes_at(sizes, stride)
+        if values_unknown():
+            return self.strided_together(x, stride, outputs)
         groups: dict[tuple, list[int]] = {}
-        for i, key in enumerate(zip(map(tuple, sizes), outputs, strict=True)):
+        for i, key in enumerate(zip(_tuples(sizes), _tuples(outputs), strict=True)):
             groups.setdefault(key, []).append(i)
         if not groups:
             size = self.output_size(tuple(x.shape[2:]))
             return Padded(x.new_zeros(0, self.out_channels, *size), x.new_ones(0, *size).bool())
         results: dict[int, Tensor] = {}
         for (size, output), index in groups.items():
-            grid = self.positions(output, stride[index])
-            part = crop(x[index], size)
-            if self.padding_mode != "zeros":  # zeros need not be written: they are read outside
-                part, _ = self.pad(part)
-            made = conv_on_grid(part, grid, self.weight, self.bias, self.groups)
+            made = self.strided_alike(crop(x[index], size), stride[index], output)
             results |= zip(index, made, strict=True)
         return pad_batch([results[i] for i in range(x.shape[0])])
 
-    def positions(self, size: tuple[int, ...], stride: Tensor) -> list[Tensor]:
+    def strided_together(self, x: Tensor, stride: Tensor, outputs: Tensor) -> Padded:
+        """All samples at once, computed as far as the lowest stride reaches: no size is a value's.
+
+        outputs (N, D) are the samples' own sizes.
+        """
+        size = self.largest_size(tuple(x.shape[2:]))
+        kept = mask_from_sizes(outputs, size)
+        data = self.strided_alike(x, stride, size)
+        return Padded(data.masked_fill(~kept.unsqueeze(1), 0), kept)
+
+    def strided_alike(self, x: Tensor, stride: Tensor, size: Sequence[int]) -> Tensor:
+        """Samples of one input and output size, each at its own stride (N, D)."""
+        check_output(type(self).__name__, tuple(x.shape[2:]), self.geometry())
+        grid = self.positions(size, stride)
+        if self.padding_mode != "zeros":  # zeros need not be written: they are read outside
+            x, _ = self.pad(x)
+        return conv_on_grid(x, grid, self.weight, self.bias, self.groups)
+
+    def positions(self, size: Sequence[int], stride: Tensor) -> list[Tensor]:
         """s[n] p + d k - padding for each dimension, (N, L_out, K)."""
         kernel, _, padding, dilation = self.geometry()
         grid = []
@@ -115,21 +136,29 @@ class AdaptiveStrideConv(DynamicConv):
             grid.append(start.unsqueeze(2) + dilation[d] * k)
         return grid
 
-    def size_at(self, size: Sequence[int], stride: Sequence[float]) -> tuple[int, ...]:
-        """Spatial shape of the output of a sample of spatial shape `size` at `stride`.
+    def sizes_at(self, sizes: Tensor, stride: Tensor) -> Tensor:
+        """The outputs' spatial shapes for samples of spatial shapes `sizes`, each (N, D).
 
         With `restore`, positions up to or beyond the last of the restored output: the result is
         then continuous in the stride, and its gradient without bias from what appears or vanishes.
         """
+        last = torch.stack(self.lasts(sizes.unbind(1)), 1) / stride.detach().double()
         # A last position may lie a rounding error beyond the input.
-        check_output(type(self).__name__, tuple(size), self.geometry())
+        whole = torch.ceil(last - 1e-5) if self.restore else torch.floor(last + 1e-5)
+        return whole.long() + 1
+
+    def largest_size(self, size: tuple[int, ...]) -> list[int]:
+        """No output for an input of spatial shape `size` is larger, whatever its stride."""
+        low = self.low * (1 - 2**-23)  # float32 may have rounded a stride down
+        return [floor(last / low + 1e-5) + 1 + self.restore for last in self.lasts(size)]
+
+    def lasts(self, size: Sequence[Any]) -> list[Any]:
+        """Where the last output lies in an input of spatial shape `size`, once a dimension."""
         if self.restore:
             wanted = self.output_size(tuple(size))
-            ends = [(n - 1) * s0 / s for n, s0, s in zip(wanted, self.stride, stride, strict=True)]
-            return tuple(ceil(end - 1e-5) + 1 for end in ends)
+            return [(n - 1) * s for n, s in zip(wanted, self.stride, strict=True)]
         dense = self.geometry()._replace(stride=(1,) * self.rank).output_size(size)
-        dense = tuple(size) if self.padding == "same" else dense
-        return tuple(int((n - 1) / s + 1e-5) + 1 for n, s in zip(dense, stride, strict=True))
+        return [n - 1 for n in (size if self.padding == "same" else dense)]
 
     def restored(self, data: Tensor, stride: Tensor, size: Sequence[int]) -> Tensor:
         """The output (N, C_out, *size) at the positions it would have with the start's stride."""
@@ -170,3 +199,7 @@ class AdaptiveStrideConv(DynamicConv):
                 "min_hidden": 4,
             },
         ]
+
+
+def _tuples(sizes: Tensor) -> list[tuple[int, ...]]:
+    return [tuple(size) for size in sizes.tolist()]

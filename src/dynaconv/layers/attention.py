@@ -22,14 +22,24 @@ class SafeBatchNorm(_BatchNorm):
 
     def forward(self, input: Tensor, mask: Tensor | None = None) -> Tensor:
         if not self.training:
-            return super().forward(input)
+            return self._plain(input)
         if input.numel() // input.shape[1] <= 1:
             return F.batch_norm(
                 input, self.running_mean, self.running_var, self.weight, self.bias, eps=self.eps
             )
         if mask is None:
-            return super().forward(input)
+            return self._plain(input)
         return masked_batch_norm(self, input, mask)
+
+    def _plain(self, input: Tensor) -> Tensor:
+        """nn.BatchNormNd's result, one sample as lines.
+
+        For one sample of 2-D or 3-D torch's backward on the CPU gives wrong gradients where the
+        gradient above it has channels that lie together (seen in 2.13 and 2.14).
+        """
+        if input.shape[0] != 1 or input.dim() < 4:
+            return super().forward(input)
+        return super().forward(input.flatten(2)).unflatten(2, input.shape[2:])
 
 
 def masked_batch_norm(norm: _BatchNorm, input: Tensor, mask: Tensor) -> Tensor:

@@ -2,6 +2,7 @@
 
 import inspect
 import math
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, ClassVar, Self
 
@@ -9,11 +10,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd as ConvNd
+from torch.nn.parameter import is_lazy
 
 from dynaconv import masking
 from dynaconv.functional import conv as convolve
 from dynaconv.functional import conv_mixture, conv_per_position, conv_per_sample, deform_conv
 from dynaconv.layers import causal as causality_of
+from dynaconv.layers.tracing import one_node
 from dynaconv.shapes import Geometry, IntOrTuple, Padding, check_padding, ntuple, same_padding
 
 CONVS: dict[int, type[ConvNd]] = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
@@ -136,6 +139,7 @@ class DynamicConv(nn.Module):
 
     # What a user calls ---------------------------------------------------------------------
 
+    @one_node
     def forward(self, input: Tensor, padding_mask: Tensor | None = None) -> Tensor:
         x, mask = self.prepare(input, padding_mask)
         output = self.compute(x, mask)
@@ -215,6 +219,23 @@ class DynamicConv(nn.Module):
             ValueError: the layer is not causal, or x has another shape.
         """
         return causality_of.step(self, x, state)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        """nn.Module's, by which `to` works.
+
+        A memory format is refused by tensors of four or five axes that are no kernels, so that
+        every tensor goes with as many axes as a kernel has.
+        """
+
+        def as_kernels(tensor: Tensor) -> Tensor:
+            if is_lazy(tensor) or tensor.dim() < 4:
+                return fn(tensor)
+            stacked = tensor.dim() - (self.rank + 2)
+            if stacked < 0:
+                return fn(tensor.unsqueeze(0)).squeeze(0)
+            return fn(tensor.flatten(0, stacked)).unflatten(0, tensor.shape[: stacked + 1])
+
+        return super()._apply(as_kernels, recurse)
 
     # What families use ---------------------------------------------------------------------
 

@@ -154,9 +154,8 @@ class Gabor(nn.Module):
 
 def axis(size: int, like: Tensor) -> Tensor:
     """Coordinates (size,) of taps in one dimension, -1 to 1; of a single tap, 0."""
-    if size == 1:
-        return like.new_zeros(1, dtype=at_least_float32(like))
-    return torch.linspace(-1, 1, size, device=like.device, dtype=at_least_float32(like))
+    index = torch.arange(size, device=like.device, dtype=at_least_float32(like))
+    return (2 * index - (size - 1)) / max(size - 1, 1)
 
 
 def grid(axes: Sequence[Tensor]) -> Tensor:

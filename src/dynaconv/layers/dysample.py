@@ -151,6 +151,11 @@ class DySample(Upsampler):
         return layer.train(upsample.training)
 
     @classmethod
+    def limits(cls, arguments: dict[str, Any]) -> dict[str, str]:
+        missing = "torch.nn.functional.grid_sample has no forward mode"
+        return super().limits(arguments) | {"jvp": missing}
+
+    @classmethod
     def samples(cls, rank: int) -> list[dict[str, Any]]:
         return [
             {"in_channels": 4, "out_channels": 4, "kernel_size": 1},

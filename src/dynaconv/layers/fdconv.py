@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Sequence
+from functools import partial
 from math import prod
 from typing import Any
 
@@ -9,9 +10,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dynaconv.layers.adaptive_dilation import FreqSelect
+from dynaconv.dispatch import has_fft
+from dynaconv.layers.adaptive_dilation import FreqSelect, box
 from dynaconv.layers.attention import Squeeze
 from dynaconv.layers.base import ConvNd, DynamicConv, at_least, causal, positive, without_autocast
+from dynaconv.layers.fourier import filtered, inverse_real
+from dynaconv.layers.low_pass import low_pass, register_filter
 from dynaconv.layers.sampling import zero_
 from dynaconv.masking import masked_mean
 from dynaconv.registry import register_family
@@ -147,8 +151,11 @@ class FDConv(DynamicConv):
 
     def kernel_of(self, spectrum: Tensor) -> Tensor:
         """The kernels (N, C_out, C_in / groups, *K) of spectra (N, rows, columns // 2 + 1, 2)."""
-        spectrum = torch.view_as_complex((spectrum * self.scale).contiguous())
-        matrix = torch.fft.irfft2(spectrum, s=self._matrix_shape())
+        spectrum, shape = (spectrum * self.scale).contiguous(), self._matrix_shape()
+        if has_fft():
+            matrix = torch.fft.irfft2(torch.view_as_complex(spectrum), s=shape)
+        else:
+            matrix = inverse_real(spectrum, shape)
         out_channels, channels, *taps = self.kernel_shape()
         return matrix.reshape(-1, out_channels, *taps[:-1], channels, taps[-1]).movedim(-2, 2)
 
@@ -278,37 +285,39 @@ class FrequencyBandModulation(FreqSelect):
         super().__init__(rank, channels, bands, low_band)
         self.grid = grid
 
-    def weights(self, x: Tensor) -> Tensor:
-        """The bands' weights (N, B, *L)."""
-        return torch.cat([2 * torch.sigmoid(conv(x)) for conv in self.convs], 1)
+    def below(self, x: Tensor, mask: Tensor | None) -> list[Tensor]:
+        return low_pass(x, mask, self.bands, "fdconv_grid" if self.grid else "fdconv")
 
-    def reweighted(self, x: Tensor) -> Tensor:
-        over = tuple(range(2, x.dim()))
-        above = x.float() if x.dtype.itemsize < 4 else x  # half precision has no FFT
-        spectrum = torch.fft.rfftn(above, dim=over)
-        parts = []
-        for band in self.bands:
-            kept = spectrum * self._inside(x, band)
-            below = torch.fft.irfftn(kept, s=x.shape[2:], dim=over)
-            parts.append(above - below)
-            above = below
-        weights = self.weights(x).split(1, 1)
-        output = sum(w * part for w, part in zip(weights, [*parts, above], strict=False))
-        return (output if self.low_band else output + above).to(x.dtype)
 
-    def _inside(self, x: Tensor, band: float) -> Tensor:
-        """True for the frequencies of rfftn(x) that belong to the band, (*L[:-1], L // 2 + 1)."""
-        box = torch.ones((), dtype=torch.bool, device=x.device)
-        for d, length in enumerate(x.shape[2:], start=2):
-            half = d == x.dim() - 1
-            entries = length // 2 + 1 if half else length
-            frequencies = torch.fft.rfftfreq if half else torch.fft.fftfreq
-            known = frequencies(
-                GRID if self.grid else length, dtype=torch.float32, device=x.device
-            ).abs()
-            index = torch.arange(entries, device=x.device) * known.shape[0] // entries
-            box = box.unsqueeze(-1) & (known[index] < 0.5 / band + (1e-8 if self.grid else 0))
-        return box
+def _low_frequencies(x: Tensor, bands: Sequence[float], grid: bool = False) -> list[Tensor]:
+    kept = [_inside(x, band, grid) for band in bands]
+    if not has_fft():
+        return [filtered(x, inside, half=True) for inside in kept]
+    over = tuple(range(2, x.dim()))
+    spectrum = torch.fft.rfftn(x, dim=over)
+    return [torch.fft.irfftn(spectrum * box(k), s=x.shape[2:], dim=over) for k in kept]
+
+
+register_filter("fdconv")(_low_frequencies)
+register_filter("fdconv_grid")(partial(_low_frequencies, grid=True))
+
+
+def _inside(x: Tensor, band: float, grid: bool) -> list[Tensor]:
+    """Which frequencies of rfftn(x) belong to the band, for each dimension."""
+    kept = []
+    for d, length in enumerate(x.shape[2:], start=2):
+        half = d == x.dim() - 1
+        entries = length // 2 + 1 if half else length
+        known = _frequencies(GRID if grid else length, half, x.device)
+        index = torch.arange(entries, device=x.device) * known.shape[0] // entries
+        kept.append(known[index] < 0.5 / band + (1e-8 if grid else 0))
+    return kept
+
+
+def _frequencies(count: int, half: bool, device: torch.device) -> Tensor:
+    """What torch.fft.fftfreq gives (rfftfreq for half), without the sign; ONNX has neither."""
+    index = torch.arange(count // 2 + 1 if half else count, device=device)
+    return torch.minimum(index, count - index).float() * (1 / count)
 
 
 def _parts(rows: int, columns: int, experts: int) -> Tensor:

@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils import skip_init
 
+from dynaconv.dispatch import values_unknown
 from dynaconv.functional import conv
 from dynaconv.layers.base import (
     CONVS,
@@ -112,9 +113,10 @@ class FlexConv(DynamicConv):
     def cut(self) -> list[int]:
         """Taps that fall away at each end of each dimension.
 
-        None under torch.compile, where shapes must not depend on values: `mask` is 0 there.
+        None under torch.compile and torch.vmap, where no shape can follow a value: `mask` is 0
+        there.
         """
-        if torch.compiler.is_compiling():
+        if values_unknown():
             return [0] * self.rank
         half = torch.tensor([(k - 1) / 2 for k in self.kernel_size])
         return torch.ceil(half - self.reach().detach().cpu()).int().tolist()

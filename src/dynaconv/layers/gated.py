@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from dynaconv.dispatch import values_unknown
 from dynaconv.layers.base import ConvNd, DynamicConv, conv_nd, positive, without_autocast
 from dynaconv.layers.costs import add_cost
 from dynaconv.layers.framed import framed
@@ -97,7 +98,7 @@ class GatedConv(DynamicConv):
     def _picks(self) -> bool:
         """Whether computing few positions alone can be faster: not for one tap or few channels."""
         deep = self.groups == 1 and prod(self.kernel_size) > 1
-        return deep and not self.training and not torch.compiler.is_compiling()
+        return deep and not self.training and not values_unknown()
 
     def _where(self, active: Tensor, x: Tensor) -> Tensor:
         """The convolution at the active positions (N, *L_out) alone, 0 elsewhere."""

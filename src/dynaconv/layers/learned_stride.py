@@ -183,6 +183,14 @@ class LearnedStrideConv(DynamicConv):
         self.weight.copy_(conv.weight)
 
     @classmethod
+    def limits(cls, arguments: dict[str, Any]) -> dict[str, str]:
+        return super().limits(arguments) | {
+            "onnx": "ONNX has no stable sort and no FFT of a size that a parameter decides",
+            "vmap": "stacked layers whose strides differ have outputs of different sizes",
+            "compile_mask": "each sample's real size and the strides decide the output's size",
+        }
+
+    @classmethod
     def samples(cls, rank: int) -> list[dict[str, Any]]:
         return [
             {"in_channels": 4, "out_channels": 6, "kernel_size": 3, "padding": 1},

@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dynaconv.layers.base import ConvNd, DynamicConv, at_least, causal, without_autocast
+from dynaconv.layers.tracing import one_node
 from dynaconv.masking import masked_mean
 from dynaconv.registry import register_family
 
@@ -58,6 +59,7 @@ class ModulatedConv(DynamicConv):
 
     # The style -----------------------------------------------------------------------------
 
+    @one_node
     def forward(
         self, input: Tensor, padding_mask: Tensor | None = None, style: Tensor | None = None
     ) -> Tensor:

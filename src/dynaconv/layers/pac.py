@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from dynaconv.functional import conv_per_position
 from dynaconv.layers.base import ConvNd, DynamicConv, without_autocast
 from dynaconv.layers.framed import framed
+from dynaconv.layers.tracing import one_node
 from dynaconv.registry import register_family
 from dynaconv.shapes import Geometry, windows
 
@@ -85,6 +86,7 @@ class PACConv(DynamicConv):
             self.in_channels * kernels[:1, :1] if shared_filters else kernels
         )
 
+    @one_node
     def forward(
         self, input: Tensor, padding_mask: Tensor | None = None, guide: Tensor | None = None
     ) -> Tensor:

@@ -12,7 +12,7 @@ from dynaconv.layers.base import ConvNd, DynamicConv
 from dynaconv.layers.continuous import KernelNetwork
 from dynaconv.masking import each_size, mask_from_sizes, sizes_from_mask
 from dynaconv.registry import register_family
-from dynaconv.shapes import Geometry, ntuple, same_padding
+from dynaconv.shapes import Geometry, ntuple, same_padding, surely
 
 KERNELS = ("area", "pinv", "continuous")
 SizeRule = int | float | Sequence[int | float] | Callable[[tuple[int, ...]], int | Sequence[int]]
@@ -98,7 +98,7 @@ class ShapeConv(DynamicConv):
             return ntuple(self.size_rule(tuple(size)), self.rank, "kernel_size(shape)")
         reference = self.reference or size
         return tuple(
-            max(1, int(k * n + 0.5)) if isinstance(k, float) else k + 2 * growth(k, n / r)
+            max(1, floor(k * n + 0.5)) if isinstance(k, float) else k + 2 * growth(k, n / r)
             for k, n, r in zip(self.size_rule, size, reference, strict=True)
         )
 
@@ -127,8 +127,9 @@ class ShapeConv(DynamicConv):
         geometry = self.static_geometry(tuple(x.shape[2:]))
         # A kernel that shrank by more than the padding leaves out what its first taps saw.
         for d, p in enumerate(geometry.padding):
-            if p < 0:
-                x = x.narrow(2 + d, -p, x.shape[2 + d] + 2 * p)
+            if not surely(p >= 0):
+                less = max(-p, 0)
+                x = x.narrow(2 + d, less, x.shape[2 + d] - 2 * less)
         inner = geometry._replace(padding=tuple(max(p, 0) for p in geometry.padding))
         x, padding = self.pad(x, inner)
         kernel = self.kernel_at(geometry.kernel)
@@ -194,6 +195,14 @@ class ShapeConv(DynamicConv):
         padding = layer.padding if isinstance(layer.padding, str) else geometry.padding
         known = super().as_static(arguments, size)
         return known | {"kernel_size": geometry.kernel, "padding": padding}
+
+    @classmethod
+    def limits(cls, arguments: dict[str, Any]) -> dict[str, str]:
+        found = {"compile_mask": "each sample's real size decides the size of its own kernel"}
+        if arguments.get("kernel") == "pinv":
+            reason = "kernels that grow have another pseudo-inverse than those that shrink"
+            found |= {"export": reason, "onnx": reason}
+        return super().limits(arguments) | found
 
     @classmethod
     def samples(cls, rank: int) -> list[dict[str, Any]]:

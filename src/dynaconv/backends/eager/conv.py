@@ -27,7 +27,7 @@ from torch import Tensor
 from dynaconv.backends.eager.conv_per_sample import static, static_backward
 from dynaconv.backends.operator import GEOMETRY, Operator, few_at_a_time, output_like
 from dynaconv.dispatch import under_transform
-from dynaconv.shapes import Geometry
+from dynaconv.shapes import Geometry, surely
 
 # Numbers in the spectra of what is transformed at a time, and in those of kernels.
 CHUNK, KERNELS = 2**19, 2**23
@@ -532,7 +532,7 @@ operator = Operator(
     "conv",
     ("input", "weight", "bias?"),
     ("weight", "bias"),
-    f"{GEOMETRY}, int groups",
+    f"{GEOMETRY}, SymInt groups",
     _forward,
     _backward,
     _plain,
@@ -547,7 +547,7 @@ def all_direct(input: Tensor, weight: Tensor, settings: Settings) -> bool:
     torch.compile has no sizes to ask the rule with: there it is the operator that asks.
     """
     if torch.compiler.is_compiling():
-        return input.dim() < 5 and max(weight.shape[2:]) <= SMALL
+        return input.dim() < 5 and all(surely(taps <= SMALL) for taps in weight.shape[2:])
     wanted = {"output": True, "input": input.requires_grad, "weight": weight.requires_grad}
     if not torch.is_grad_enabled():
         wanted = {"output": True}

@@ -187,7 +187,7 @@ operator = Operator(
     "conv_mixture",
     ("input", "weight", "coefficients", "bias?"),
     ("weight",),
-    f"{GEOMETRY}, int groups",
+    f"{GEOMETRY}, SymInt groups",
     _forward,
     _backward,
     _reference,

@@ -221,7 +221,7 @@ operator = Operator(
     "conv_per_sample",
     ("input", "weight", "bias?"),
     (),
-    f"{GEOMETRY}, int groups",
+    f"{GEOMETRY}, SymInt groups",
     _forward,
     _backward,
     _reference,

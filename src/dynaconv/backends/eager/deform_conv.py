@@ -281,7 +281,7 @@ operator = Operator(
     "deform_conv",
     ("input", "offset", "weight", "bias?", "modulation?"),
     ("weight", "bias"),
-    f"{GEOMETRY}, int groups",
+    f"{GEOMETRY}, SymInt groups",
     _forward,
     _backward,
     _reference,
