@@ -6,6 +6,7 @@ A file here enrols its checks with `@feature`. A family is covered by being regi
 cannot do, `limits` of its class says with the reason, and then the check has to fail.
 """
 
+from dynaconv.testing.features import parallel, precision  # noqa: F401
 from dynaconv.testing.features.registry import (
     FEATURES,
     Feature,
