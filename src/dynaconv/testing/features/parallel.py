@@ -5,7 +5,7 @@ over several batches first, with FSDP2, and with batch norms that take their sta
 processes. On the CPU, between two processes.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 
 import torch
@@ -25,6 +25,8 @@ from dynaconv.testing.features.registry import Arguments, feature
 from dynaconv.testing.tolerance import close
 
 STEPS, RATE = 3, 0.05
+# The model's inputs, and the labels.
+Batch = tuple[Tensor, ...]
 
 
 @feature("ddp", "DDP, FSDP2")
@@ -44,34 +46,39 @@ def check_all_ways(cls: type[DynamicConv], arguments: Arguments) -> None:
 
     torch.manual_seed(1)
     x, labels = examples(cls, arguments)
-    check_ways(model, x.double(), labels, cls.__name__)
+    check_ways(model, (x.double(), labels), cls.__name__)
 
 
-def check_ways(model: Callable[[], nn.Module], x: Tensor, labels: Tensor, name: str) -> None:
-    """Every way of training a fresh model() against training it alone on all of x (N, C, *L).
+def check_ways(
+    model: Callable[[], nn.Module],
+    batch: Batch,
+    name: str,
+    shard: Callable[[nn.Module], nn.Module] | None = None,
+) -> None:
+    """Every way of training a fresh model() against training it alone on the whole batch.
 
-    Batch norms keep their running statistics but where they are synchronised.
+    Batch norms keep their running statistics but where they are synchronised. `shard` is what
+    FSDP2 does to a model, by default `sharded`.
     """
-    frozen = lambda: _freeze_norms(model())
+    shard, frozen = shard or sharded, lambda: _freeze_norms(model())
     alone = frozen()
-    expected = losses(alone, [(x, labels)])
-    parts = list(zip(x.chunk(WORLD), labels.chunk(WORLD), strict=True))
-    mine = parts[dist.get_rank()]
+    expected = losses(alone, [batch])
+    mine = _parts(batch, WORLD)[dist.get_rank()]
     split = frozen()
     close(losses(DistributedDataParallel(split), [mine]), expected, f"{name}, DDP losses")
     for (what, p), q in zip(split.named_parameters(), alone.parameters(), strict=True):
         close(p, q, f"{name}, {what} after DDP")
-    halves = list(zip(mine[0].chunk(2), mine[1].chunk(2), strict=True))
-    close(losses(DistributedDataParallel(frozen()), halves), expected, f"{name}, summed gradients")
-    close(losses(sharded(frozen()), [mine]), expected, f"{name}, FSDP2 losses")
+    summed = losses(DistributedDataParallel(frozen()), _parts(mine, 2))
+    close(summed, expected, f"{name}, losses from summed gradients")
+    close(losses(shard(frozen()), [mine]), expected, f"{name}, FSDP2 losses")
     if any(isinstance(module, _BatchNorm) for module in alone.modules()):
         # DistributedDataParallel refuses a SyncBatchNorm on the CPU, fully_shard does not.
-        synced = sharded(nn.SyncBatchNorm.convert_sync_batchnorm(model()))
-        expected = losses(model(), [(x, labels)])
+        synced = shard(nn.SyncBatchNorm.convert_sync_batchnorm(model()))
+        expected = losses(model(), [batch])
         close(losses(synced, [mine]), expected, f"{name}, SyncBatchNorm losses")
 
 
-def losses(model: nn.Module, batches: list[tuple[Tensor, Tensor]]) -> Tensor:
+def losses(model: nn.Module, batches: Sequence[Batch]) -> Tensor:
     """The loss at each of STEPS steps, the mean over the processes' equal parts, (STEPS,).
 
     A step sums up the gradients of `batches`, which have the same size, and exchanges them once.
@@ -81,16 +88,21 @@ def losses(model: nn.Module, batches: list[tuple[Tensor, Tensor]]) -> Tensor:
     for _ in range(STEPS):
         optimizer.zero_grad()
         total = torch.zeros((), dtype=torch.float64)
-        for i, (x, labels) in enumerate(batches):
+        for i, (*inputs, labels) in enumerate(batches):
             last = i == len(batches) - 1
             with nullcontext() if last else model.no_sync():  # type: ignore[operator]
-                loss = F.cross_entropy(model(x), labels) / len(batches)
+                loss = F.cross_entropy(model(*inputs), labels) / len(batches)
                 loss.backward()
             total += loss.detach()
         optimizer.step()
         dist.all_reduce(total)
         found.append(total / WORLD)
     return torch.stack(found)
+
+
+def _parts(batch: Batch, number: int) -> list[Batch]:
+    """The batch, cut into equal parts."""
+    return list(zip(*(tensor.chunk(number) for tensor in batch), strict=True))
 
 
 def sharded(model: nn.Module) -> nn.Module:
