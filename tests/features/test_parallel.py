@@ -3,7 +3,8 @@
 import pytest
 
 import dynaconv
-from dynaconv.testing.features import check_feature, processes as module
+from dynaconv.testing.features import check_feature
+from dynaconv.testing.features import processes as module
 from dynaconv.testing.features.processes import processes
 from tests.features import workers
 from tests.features.cases import over_families
@@ -44,7 +45,7 @@ def test_temperature_of_the_first():
 
 
 def test_a_fault_is_told():
-    with pytest.raises(AssertionError, match="process 1: (.|\n)*this one does not want"):
+    with pytest.raises(AssertionError, match=r"process 1: (.|\n)*this one does not want"):
         processes().run(workers.refuse_second)
 
 

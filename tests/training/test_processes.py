@@ -1,5 +1,6 @@
 """Training on two processes: who takes which samples, and what a killed process does to a run."""
 
+import csv
 import os
 import signal
 import subprocess
@@ -19,9 +20,11 @@ from dynaconv.training.files import load_model
 from dynaconv.training.processes import Part, check_devices
 from tests.data.folders import make_folder
 
-LAUNCHED = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"]
-ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1"}
+TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+# The variable lets processes that torchrun restarts find each other: see docs/parallel.md.
+ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
 slow = pytest.mark.slow
+needs_proc = pytest.mark.skipif(not Path("/proc").exists(), reason="finds processes in /proc")
 
 
 @pytest.mark.parametrize(
@@ -111,11 +114,11 @@ def kill_in_training(process, out, victim):
 
 
 @slow
-@pytest.mark.skipif(not Path("/proc").exists(), reason="finds processes in /proc")
+@needs_proc
 @pytest.mark.parametrize("worker", [0, 1])
 def test_torchrun_restarts_from_the_checkpoint(folder, undisturbed, tmp_path, worker):
     out = tmp_path / "restarted"
-    launcher = (*LAUNCHED, "--max-restarts", "1")
+    launcher = (*TORCHRUN, "--max-restarts", "1")
     given = command(folder, out, *IMAGES, launcher=launcher)
     with subprocess.Popen(given, env=ENVIRONMENT, stderr=subprocess.DEVNULL) as process:
         kill_in_training(process, out, lambda process: children(process)[worker])
@@ -124,7 +127,7 @@ def test_torchrun_restarts_from_the_checkpoint(folder, undisturbed, tmp_path, wo
 
 
 @slow
-@pytest.mark.skipif(not Path("/proc").exists(), reason="finds processes in /proc")
+@needs_proc
 @pytest.mark.parametrize(
     "victim", [lambda process: process.pid, lambda process: children(process)[0]]
 )
@@ -142,10 +145,11 @@ def test_the_command_ends_and_goes_on(folder, undisturbed, tmp_path, victim):
 def test_texts(tmp_path):
     texts = tmp_path / "texts.csv"
     made = make_texts("train", 12)
-    lines = [f'"{text}",{label}' for text, label in zip(made.texts, made.labels, strict=True)]
-    texts.write_text("\n".join(["text,label", *lines]) + "\n")
+    with open(texts, "w", newline="", encoding="utf-8") as file:
+        rows = zip(made.texts, made.labels, strict=True)
+        csv.writer(file).writerows([("text", "label"), *rows])
     options = ["--channels", "8", "--blocks", "2", "--kernel", "3", "--epochs", "2"]
     outs = [tmp_path / name for name in ("own", "torchrun")]
-    for out, launcher in zip(outs, ((sys.executable,), LAUNCHED), strict=True):
+    for out, launcher in zip(outs, ((sys.executable,), TORCHRUN), strict=True):
         assert "validation accuracy" in train(command(texts, out, *options, launcher=launcher))
     assert same(*outs)
