@@ -33,7 +33,7 @@ class SafeBatchNorm(_BatchNorm):
         return masked_batch_norm(self, input, mask)
 
 
-def batch_norm(norm: _BatchNorm, input: Tensor, mask: Tensor | None = None) -> Tensor:
+def batch_norm(norm: nn.Module, input: Tensor, mask: Tensor | None = None) -> Tensor:
     """What a layer calls: `norm`, a SafeBatchNorm or the SyncBatchNorm in its place.
 
     torch.nn.SyncBatchNorm.convert_sync_batchnorm replaces every batch norm of a model; its own
@@ -42,7 +42,7 @@ def batch_norm(norm: _BatchNorm, input: Tensor, mask: Tensor | None = None) -> T
     if isinstance(norm, SafeBatchNorm):
         return norm(input, mask)
     if norm.training and (mask is not None or input.device.type == "cpu"):
-        return masked_batch_norm(norm, input, mask)
+        return masked_batch_norm(norm, input, mask)  # type: ignore[arg-type]
     return norm(input)
 
 
@@ -83,7 +83,7 @@ def _over_processes(norm: _BatchNorm, total: Tensor) -> Tensor:
         return total
     from torch.distributed.nn.functional import all_reduce  # not in every build of torch
 
-    return all_reduce(total, group=norm.process_group or dist.group.WORLD)  # type: ignore[attr-defined]
+    return all_reduce(total, group=norm.process_group or dist.group.WORLD)
 
 
 def masked_group_norm(norm: nn.GroupNorm, x: Tensor, mask: Tensor | None) -> Tensor:

@@ -110,7 +110,8 @@ def sharded(model: nn.Module) -> nn.Module:
     mesh = init_device_mesh("cpu", (WORLD,))
     for layer in list(_dynamic(model)):
         fully_shard(layer, mesh=mesh)
-    return fully_shard(model, mesh=mesh)
+    fully_shard(model, mesh=mesh)
+    return model
 
 
 def _dynamic(model: nn.Module) -> Iterator[DynamicConv]:

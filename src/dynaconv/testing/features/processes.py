@@ -44,11 +44,11 @@ class Processes:
             end.send((function, args))
         waiting = list(self._ends)
         while waiting:
-            ready = wait(waiting, PATIENCE)
-            failed = [] if ready else ["no answer: the processes wait for each other"]
-            for end in ready:
-                waiting.remove(end)  # type: ignore[arg-type]
-                failed += _failure(end)  # type: ignore[arg-type]
+            there = wait(waiting, PATIENCE)
+            failed = [] if there else ["no answer: the processes wait for each other"]
+            for end in [end for end in waiting if end in there]:
+                waiting.remove(end)
+                failed += _failure(end)
             if failed:
                 self.close()
                 raise AssertionError(failed[0])
