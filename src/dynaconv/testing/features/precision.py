@@ -108,7 +108,7 @@ def _output_and_gradients(
         weight = torch.randn(output.shape).to(output.dtype)
         gradients = torch.autograd.grad(output, [*inputs.values()], weight, allow_unused=True)
     pairs = zip(inputs, gradients, strict=True)
-    return {"the output": output} | {name: g for name, g in pairs if g is not None}
+    return {"the output": output.detach()} | {name: g for name, g in pairs if g is not None}
 
 
 def _in(
