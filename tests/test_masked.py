@@ -147,8 +147,13 @@ def test_refusals():
     _, x, mask = batch(1)
     with pytest.raises(ValueError, match="padding_mask has shape"):
         MaskedSequential(nn.ReLU())(x, mask[:, :-1])
-    with pytest.raises(TypeError, match="SyncBatchNorm counts padding"):
-        masked.apply(nn.SyncBatchNorm(4).double(), x, mask)
+
+
+def test_sync_batch_norm_in_one_process_is_batch_norm():
+    _, x, mask = batch(1)
+    norms = (nn.SyncBatchNorm(4).double(), nn.BatchNorm1d(4).double())
+    synced, plain = (masked.apply(norm, x, mask).data for norm in norms)
+    torch.testing.assert_close(synced, plain, rtol=0, atol=0)
 
 
 def test_deepcopy_and_state():

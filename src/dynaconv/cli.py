@@ -1,6 +1,7 @@
 """Dynamic convolution, from the command line."""
 
 import importlib.util
+import os
 import re
 import sys
 from collections.abc import Callable, Iterator
@@ -155,6 +156,9 @@ def train(
     batch: Annotated[int | None, Option(min=1, help="Default: 8; texts 32.")] = None,
     lr: Annotated[float, Option(min=1e-8, help="Peak learning rate.")] = 2e-3,
     seed: Annotated[int, Option(min=0)] = 0,
+    devices: Annotated[
+        int, Option(min=1, help="GPUs, or processes on the CPU, that share each batch.")
+    ] = 1,
     out: Annotated[Path | None, Option(help="Default: runs/LAYER-SEED.")] = None,
     classes: Annotated[
         int | None, Option(min=2, help="Default: as the train masks show.", **IMAGES)
@@ -183,7 +187,7 @@ def train(
     from dynaconv.data.text import is_text
 
     out = out or Path("runs") / f"{layer}-{seed}"
-    shared = _given(layer=layer, epochs=epochs, batch=batch, lr=lr, seed=seed)
+    shared = _given(layer=layer, epochs=epochs, batch=batch, lr=lr, seed=seed, devices=devices)
     images = _given(classes=classes, ignore=ignore, size=size, widths=widths, where=where)
     texts = _given(val=val, channels=channels, blocks=blocks, kernel=kernel)
     kind, foreign = (Kind.TEXT, images) if is_text(data) else (Kind.IMAGES, texts)
@@ -201,11 +205,13 @@ def _train_images(folder: Path, classes: int | None, out: Path, options: dict[st
     from dynaconv.data.folder import FolderData, check_folder
     from dynaconv.training.files import check_writable
     from dynaconv.training.model import Config, build
+    from dynaconv.training.processes import check_devices
     from dynaconv.training.task import fit
 
     if "widths" in options:
         options["widths"] = _numbers("--widths", options["widths"])
     config = Config(**{"classes": 2} | options)
+    check_devices(config.devices, config.batch)
     if 0 < config.size < 16:
         raise InputError(f"--size {config.size}: give 16 or more, or 0 for whole images")
     try:
@@ -228,12 +234,14 @@ def _train_images(folder: Path, classes: int | None, out: Path, options: dict[st
 def _train_texts(path: Path, val: Path | None, out: Path, options: dict[str, Any]) -> None:
     from dynaconv.data.text import TextData, check_texts
     from dynaconv.training.files import check_writable
+    from dynaconv.training.processes import check_devices
     from dynaconv.training.text_model import TextConfig, build_text
     from dynaconv.training.text_task import fit_text
 
     check_writable(out)
     found = check_texts(path, val)
     config = TextConfig(**options, labels=found.labels, characters=found.characters)
+    check_devices(config.devices, config.batch)
     try:
         build_text(config)
     except ValueError as error:
@@ -487,7 +495,9 @@ def _outputs(files: list[Path], out: Path) -> dict[Path, tuple[Path, Path]]:
 
 
 def _console() -> Console:
-    return Console(highlight=False)
+    """Of the first process of a training; the others say nothing."""
+    first = os.environ.get("RANK", os.environ.get("LOCAL_RANK", "0")) == "0"
+    return Console(highlight=False, quiet=not first)
 
 
 def _say(text: str) -> None:

@@ -114,8 +114,6 @@ def _static(module: ConvNd, x: Tensor, mask: Tensor) -> Padded:
 
 @rule(_BatchNorm)
 def _batch_norm(module: _BatchNorm, x: Tensor, mask: Tensor) -> Padded:
-    if isinstance(module, nn.SyncBatchNorm) and module.training:
-        raise TypeError("SyncBatchNorm counts padding in its statistics; give nn.BatchNorm")
     if isinstance(module, SafeBatchNorm):
         return Padded(module(x, mask), mask)
     by_batch = module.training or module.running_mean is None

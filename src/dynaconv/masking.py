@@ -146,7 +146,9 @@ def masked_mean(x: Tensor, mask: Tensor | None) -> Tensor:
     if mask is None:
         return x.flatten(2).mean(2)
     count = mask.flatten(1).sum(1, keepdim=True).clamp(min=1)
-    return x.flatten(2).sum(2) / count.to(x.dtype)
+    # Half precision bears neither the sum nor the count.
+    wide = torch.promote_types(x.dtype, torch.float32)
+    return (x.flatten(2).sum(2, dtype=wide) / count).to(x.dtype)
 
 
 def masked_detail(x: Tensor, mask: Tensor | None) -> Tensor:

@@ -1,6 +1,7 @@
 """Heads over pooled features, and a batch norm that bears one value and padding."""
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
@@ -42,15 +43,36 @@ class SafeBatchNorm(_BatchNorm):
         return super().forward(input.flatten(2)).unflatten(2, input.shape[2:])
 
 
-def masked_batch_norm(norm: _BatchNorm, input: Tensor, mask: Tensor) -> Tensor:
-    """`norm` in training mode, with the statistics of the real positions; mask (N, *L)."""
-    real = mask.unsqueeze(1)
+def batch_norm(norm: nn.Module, input: Tensor, mask: Tensor | None = None) -> Tensor:
+    """What a layer calls: `norm`, a SafeBatchNorm or the SyncBatchNorm in its place.
+
+    torch.nn.SyncBatchNorm.convert_sync_batchnorm replaces every batch norm of a model; its own
+    knows neither masks nor the CPU.
+    """
+    if isinstance(norm, SafeBatchNorm):
+        return norm(input, mask)
+    if norm.training and (mask is not None or input.device.type == "cpu"):
+        return masked_batch_norm(norm, input, mask)  # type: ignore[arg-type]
+    return norm(input)
+
+
+def masked_batch_norm(norm: _BatchNorm, input: Tensor, mask: Tensor | None) -> Tensor:
+    """`norm` in training mode, with the statistics of the real positions; mask (N, *L).
+
+    Those of a SyncBatchNorm are taken over all processes. Statistics are float32 at least: in half
+    precision sums and squares leave its range.
+    """
+    real = input.new_ones(()).bool() if mask is None else mask.unsqueeze(1)
+    x = input.to(torch.promote_types(input.dtype, torch.float32))
     over = [d for d in range(input.dim()) if d != 1]
-    count = real.sum().clamp(min=1).to(input.dtype)
     shape = (1, -1, *[1] * (input.dim() - 2))
-    mean = input.masked_fill(~real, 0).sum(over) / count
-    centred = input - mean.reshape(shape)
-    variance = centred.masked_fill(~real, 0).square().sum(over) / count
+    count = real.expand_as(x[:, :1]).sum().to(x.dtype)
+    sums = torch.cat([x.masked_fill(~real, 0).sum(over), count.unsqueeze(0)])
+    total, count = _over_processes(norm, sums).split([x.shape[1], 1])
+    count = count.detach().clamp(min=1)
+    mean = total / count
+    centred = x - mean.reshape(shape)
+    variance = _over_processes(norm, centred.masked_fill(~real, 0).square().sum(over)) / count
     if norm.track_running_stats:
         with torch.no_grad():
             unbiased = variance * count / (count - 1).clamp(min=1)
@@ -61,7 +83,17 @@ def masked_batch_norm(norm: _BatchNorm, input: Tensor, mask: Tensor) -> Tensor:
     output = centred * (variance + norm.eps).rsqrt().reshape(shape)
     if norm.affine:
         output = output * norm.weight.reshape(shape) + norm.bias.reshape(shape)
-    return output
+    return output.to(input.dtype)
+
+
+def _over_processes(norm: _BatchNorm, total: Tensor) -> Tensor:
+    """The sum of the processes' `total` where `norm` is a SyncBatchNorm, else `total` itself."""
+    synced = isinstance(norm, nn.SyncBatchNorm) and dist.is_available() and dist.is_initialized()
+    if not synced:
+        return total
+    from torch.distributed.nn.functional import all_reduce  # not in every build of torch
+
+    return all_reduce(total, group=norm.process_group or dist.group.WORLD)
 
 
 def masked_group_norm(norm: nn.GroupNorm, x: Tensor, mask: Tensor | None) -> Tensor:
@@ -93,7 +125,7 @@ class Squeeze(nn.Module):
 
     def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
         hidden = self.fc(masked_mean(x, mask))
-        return F.relu(hidden if self.bn is None else self.bn(hidden))
+        return F.relu(hidden if self.bn is None else batch_norm(self.bn, hidden))
 
 
 class Regulator(nn.Module):
@@ -115,5 +147,10 @@ class Regulator(nn.Module):
         x = x.to(torch.promote_types(x.dtype, torch.float32))
         pooled = torch.cat([masked_mean(x, mask), masked_detail(x, mask)], 1)
         with without_autocast(x.device.type):
-            hidden = F.relu(self.squeeze(pooled.to(self.squeeze.weight.dtype)))
-            return torch.tanh(self.fc(hidden).to(x.dtype))
+            return torch.tanh(_precise(self.fc, F.relu(_precise(self.squeeze, pooled))))
+
+
+def _precise(linear: nn.Linear, x: Tensor) -> Tensor:
+    """linear(x) in float32 at least, whatever the dtype of its parameters; x is."""
+    bias = None if linear.bias is None else linear.bias.to(x.dtype)
+    return F.linear(x, linear.weight.to(x.dtype), bias)

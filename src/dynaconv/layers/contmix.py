@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dynaconv.functional import conv_per_position
-from dynaconv.layers.attention import SafeBatchNorm
+from dynaconv.layers.attention import SafeBatchNorm, batch_norm
 from dynaconv.layers.base import ConvNd, DynamicConv, at_least, conv_nd
 from dynaconv.layers.regions import region_means
 from dynaconv.masking import each_size, fill_up
@@ -92,6 +92,11 @@ class ContMixConv(DynamicConv):
     def compute(self, x: Tensor, mask: Tensor | None) -> Tensor:
         if mask is None:
             return self.convolve(x, **self.generate(x, None))
+        if self.training and isinstance(self.fuse_norm, nn.SyncBatchNorm):
+            raise TypeError(
+                "contmix takes samples of each size apart, and SyncBatchNorm would wait for "
+                "processes that have others; leave its batch norms as they are"
+            )
         output = each_size(lambda alone: self.compute(alone, None), x, mask).data
         return fill_up(output, x.shape[2:])
 
@@ -99,8 +104,9 @@ class ContMixConv(DynamicConv):
         if mask is not None:
             return {name: self._each(name, x, mask) for name in ("small_weight", "weight")}
         x = self._large_enough(x)
-        key = self.key_norm(self.key(region_means(x, None, self.regions)))
-        query = self.query_norm(self.query(x)) * (self.in_channels // self.heads) ** -0.5
+        key = batch_norm(self.key_norm, self.key(region_means(x, None, self.regions)))
+        query = batch_norm(self.query_norm, self.query(x))
+        query = query * (self.in_channels // self.heads) ** -0.5
         query, key = (t.unflatten(1, (self.heads, -1)).flatten(3) for t in (query, key))
         affinity = torch.einsum("ngcp,ngcr->ngrp", query, key).flatten(0, 1)
         logits = self.proj(affinity.unflatten(2, x.shape[2:])).unflatten(0, (-1, self.heads))
@@ -129,12 +135,12 @@ class ContMixConv(DynamicConv):
         return table.permute(0, *taps, *places).flatten(1, self.rank)
 
     def convolve(self, x: Tensor, small_weight: Tensor, weight: Tensor) -> Tensor:  # type: ignore[override]
-        value = self.value_norm(self.value(self._large_enough(x)))
+        value = batch_norm(self.value_norm, self.value(self._large_enough(x)))
         halves = zip(value.chunk(2, 1), (small_weight, weight), strict=True)
         output = torch.cat([conv_inside(v, w) for v, w in halves], 1)
         if output.shape[2:] != x.shape[2:]:
             output = region_means(output, None, x.shape[2:])
-        return self.add_bias(self.fuse_norm(self.fuse(output)))
+        return self.add_bias(batch_norm(self.fuse_norm, self.fuse(output)))
 
     def _large_enough(self, x: Tensor) -> Tensor:
         """x (N, C, *L), enlarged until the kernel fits."""

@@ -6,7 +6,7 @@ from typing import Any
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dynaconv.layers.attention import SafeBatchNorm
+from dynaconv.layers.attention import SafeBatchNorm, batch_norm
 from dynaconv.layers.base import ConvNd, DynamicConv, at_least, conv_nd, positive
 from dynaconv.layers.centres import between_centres
 from dynaconv.layers.regions import region_means
@@ -94,10 +94,10 @@ class DCDConv(DynamicConv):
     def residual(self, x: Tensor, phi: Tensor, mask: Tensor | None) -> Tensor:
         """P (bn2(Phi q) + q), (N, C_out, *L_out)."""
         out_mask = None if mask is None else self.output_mask(mask)
-        q = self.bn1(self.q(between_centres(self, x)), out_mask)
+        q = batch_norm(self.bn1, self.q(between_centres(self, x)), out_mask)
         latents = q.flatten(2).unflatten(1, (self.blocks, self.latent))
         fused = (phi @ latents.to(phi.dtype)).reshape(q.shape)
-        return self.p(self.bn2(fused, out_mask) + q)
+        return self.p(batch_norm(self.bn2, fused, out_mask) + q)
 
     def init_from(self, conv: ConvNd) -> None:
         """W_0 is the kernel, without residual and scaled by 1."""

@@ -83,7 +83,9 @@ class DCLSConv(DynamicConv):
         """S along dimension d: (C_out, C_in / groups, taps, E_d)."""
         dtype, extent = at_least_float32(self.positions), self.extent[d]
         i = torch.arange(extent, device=self.positions.device, dtype=dtype)
-        position = (self.positions[d].to(dtype) + extent // 2).clamp(0, extent - 1).unsqueeze(-1)
+        position = (self.positions[d].to(dtype) + extent // 2).unsqueeze(-1)
+        # What `keep_inside` has not seen, as under fully_shard, has a gradient that leads back.
+        position = position + (position.clamp(0, extent - 1) - position).detach()
         if self.widths is None:
             # By halves, not by |u|, whose slope is 0 on a whole position.
             low = position.detach().floor().clamp(max=max(extent - 2, 0))

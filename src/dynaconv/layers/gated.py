@@ -84,7 +84,9 @@ class GatedConv(DynamicConv):
     def compute(self, x: Tensor, mask: Tensor | None) -> Tensor:
         gate = self.generate(x, mask)["gate"]
         real = gate.numel() if mask is None else self.output_mask(mask).sum().clamp(min=1)
-        add_cost(lambda: gate.sum() / real)
+        # Half precision does not bear the count of all positions.
+        wide = torch.promote_types(gate.dtype, torch.float32)
+        add_cost(lambda: gate.sum(dtype=wide) / real)
         return self.convolve(x, gate)
 
     def convolve(self, x: Tensor, gate: Tensor) -> Tensor:  # type: ignore[override]

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dynaconv.layers.attention import SafeBatchNorm
+from dynaconv.layers.attention import SafeBatchNorm, batch_norm
 from dynaconv.layers.base import ConvNd, DynamicConv, at_least, conv_nd
 from dynaconv.layers.regions import region_means
 from dynaconv.masking import masked_mean
@@ -49,7 +49,7 @@ class IDConv(DynamicConv):
 
     def head(self, pooled: Tensor) -> Tensor:
         """Shares that sum to 1 over the experts, (N, E, C_out, *R), from pooled x (N, C_in, *R)."""
-        logits = self.span(F.gelu(self.bn(self.reduce(pooled))))
+        logits = self.span(F.gelu(batch_norm(self.bn, self.reduce(pooled))))
         return torch.softmax(logits.unflatten(1, (self.experts, -1)), 1)
 
     def generate(self, x: Tensor, mask: Tensor | None) -> dict[str, Tensor]:

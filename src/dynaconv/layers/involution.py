@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dynaconv.layers.attention import SafeBatchNorm
+from dynaconv.layers.attention import SafeBatchNorm, batch_norm
 from dynaconv.layers.base import ConvNd, DynamicConv, at_least, causal, conv_nd
 from dynaconv.layers.centres import at_centres
 from dynaconv.registry import register_family
@@ -48,7 +48,8 @@ class Involution(DynamicConv):
 
     def generate(self, x: Tensor, mask: Tensor | None) -> dict[str, Tensor]:
         out_mask = None if mask is None else self.output_mask(mask)
-        hidden = F.relu(self.bn(self.reduce(at_centres(self, x, mask)), out_mask))
+        hidden = self.reduce(at_centres(self, x, mask))
+        hidden = F.relu(batch_norm(self.bn, hidden, out_mask))
         weight = self.span(hidden)
         return {"weight": weight.unflatten(1, (self.kernel_groups, *self.kernel_size))}
 

@@ -72,14 +72,15 @@ class PACConv(DynamicConv):
             )
         self.kernel, self.asymmetric = kernel, asymmetric
         self.normalize, self.shared_filters = normalize, shared_filters
+        # One entry each, not none: fully_shard takes no parameter without dimension.
         if kernel == "inv":
-            _hold(self, "alpha", torch.tensor(float(alpha)), learned=not fixed)
-            _hold(self, "power", torch.tensor(float(power)), learned=not fixed)
+            _hold(self, "alpha", torch.tensor([float(alpha)]), learned=not fixed)
+            _hold(self, "power", torch.tensor([float(power)]), learned=not fixed)
         self.smooth = smooth
         if smooth is not None:
             learned = smooth.startswith("full")
             _hold(self, "smoother", _smoother(smooth, self.rank), learned)
-        self.blend = None if blend is None else nn.Parameter(torch.tensor(float(blend)))
+        self.blend = None if blend is None else nn.Parameter(torch.tensor([float(blend)]))
         kernels = self.initial_kernels()
         # As published, a shared filter has C_in times the bound of one over C_in channels.
         self.weight = nn.Parameter(
@@ -202,6 +203,13 @@ class PACConv(DynamicConv):
                 "shared_filters=True all channels have one filter; a plain convolution does neither"
             )
         self.weight.copy_(conv.weight)
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
+        """Takes alpha and power without dimension too, as published."""
+        for name in (prefix + "alpha", prefix + "power"):
+            if name in state_dict:
+                state_dict[name] = state_dict[name].reshape(1)
+        super()._load_from_state_dict(state_dict, prefix, *rest)
 
     @classmethod
     def samples(cls, rank: int) -> list[dict[str, Any]]:

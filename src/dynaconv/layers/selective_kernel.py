@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dynaconv.layers.attention import SafeBatchNorm, Squeeze
+from dynaconv.layers.attention import SafeBatchNorm, Squeeze, batch_norm
 from dynaconv.layers.base import ConvNd, DynamicConv, at_least, conv_nd, positive
 from dynaconv.registry import register_family
 
@@ -94,7 +94,8 @@ class SelectiveKernelConv(DynamicConv):
         out_mask = None if mask is None else self.output_mask(mask)
         if self.branch_norm:
             outputs = [
-                F.relu(norm(u, out_mask)) for norm, u in zip(self.norms, outputs, strict=True)
+                F.relu(batch_norm(norm, u, out_mask))
+                for norm, u in zip(self.norms, outputs, strict=True)
             ]
         if out_mask is None:
             return outputs

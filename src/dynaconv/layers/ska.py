@@ -7,7 +7,7 @@ from typing import Any
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dynaconv.layers.attention import SafeBatchNorm, masked_group_norm
+from dynaconv.layers.attention import SafeBatchNorm, batch_norm, masked_group_norm
 from dynaconv.layers.base import ConvNd, DynamicConv, at_least, conv_nd
 from dynaconv.layers.centres import at_centres
 from dynaconv.registry import register_family
@@ -75,10 +75,10 @@ class SKAConv(DynamicConv):
 
     def generate(self, x: Tensor, mask: Tensor | None) -> dict[str, Tensor]:
         out_mask = None if mask is None else self.output_mask(mask)
-        features = F.relu(self.norms[0](self.reduce(x), mask))
-        features = self.norms[1](self.large(_real(features, mask)), mask)
+        features = F.relu(batch_norm(self.norms[0], self.reduce(x), mask))
+        features = batch_norm(self.norms[1], self.large(_real(features, mask)), mask)
         features = at_centres(self, _real(features, mask), mask)
-        features = F.relu(self.norms[2](self.mix(features), out_mask))
+        features = F.relu(batch_norm(self.norms[2], self.mix(features), out_mask))
         weight = masked_group_norm(self.norm, self.logits(features), out_mask)
         return {"weight": weight.unflatten(1, (self.kernel_groups, *self.kernel_size))}
 
@@ -92,7 +92,9 @@ class SKAConv(DynamicConv):
 
     def compute(self, x: Tensor, mask: Tensor | None) -> Tensor:
         output = super().compute(x, mask)
-        return output if self.out_norm is None else self.out_norm(output, mask) + x.to(output.dtype)
+        if self.out_norm is None:
+            return output
+        return batch_norm(self.out_norm, output, mask) + x.to(output.dtype)
 
     def init_from(self, conv: ConvNd) -> None:
         """A depthwise kernel becomes the bias of norm."""

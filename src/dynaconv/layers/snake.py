@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from dynaconv.functional import deform_conv
 from dynaconv.functional._checks import check_output
-from dynaconv.layers.attention import SafeBatchNorm, masked_group_norm
+from dynaconv.layers.attention import SafeBatchNorm, batch_norm, masked_group_norm
 from dynaconv.layers.base import ConvNd, DynamicConv, conv_nd, positive, without_autocast
 from dynaconv.layers.sampling import around_centres, fitted, repeated, zero_
 from dynaconv.masking import sizes_from_mask
@@ -119,7 +119,7 @@ class SnakeConv(DynamicConv):
         if isinstance(self.norm, nn.GroupNorm):
             made = masked_group_norm(self.norm, made, real)
         else:
-            made = self.norm(made, real)  # type: ignore[misc]
+            made = batch_norm(self.norm, made, real)  # type: ignore[arg-type]
         steps = torch.tanh(made).to(wide).unflatten(1, (self.rank, self.taps)).unbind(1)
         swung = [
             torch.zeros_like(step) if d == self.axis else _outward(step)

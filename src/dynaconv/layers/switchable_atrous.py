@@ -88,8 +88,11 @@ class SwitchableAtrousConv(DynamicConv):
         """w, standardised if AWS is on."""
         if not self.aws:
             return self.weight
-        mean, std = _moments(self.weight)
-        return self.weight_gamma * (self.weight - mean) / std + self.weight_beta
+        # Half precision bears neither the squares nor what their root does to gradients.
+        weight = self.weight.to(torch.promote_types(self.weight.dtype, torch.float32))
+        mean, std = _moments(weight)
+        weight = self.weight_gamma * (weight - mean) / std + self.weight_beta
+        return weight.to(self.weight.dtype)
 
     def _conv(self, x: Tensor, weight: Tensor, rate: int) -> Tensor:
         """x with the kernel at `rate` times the dilation; padding grows as the kernel does."""

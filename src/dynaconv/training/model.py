@@ -25,6 +25,7 @@ class RunConfig:
     """What every run depends on; plain values, kept in the checkpoint.
 
     `options` are those of the family. `from_data` names the fields that the data decide.
+    `devices` are the processes that share each batch.
     """
 
     from_data: ClassVar[tuple[str, ...]] = ()
@@ -35,6 +36,7 @@ class RunConfig:
     batch: int = 8
     lr: float = 2e-3
     seed: int = 0
+    devices: int = 1
 
 
 @dataclass

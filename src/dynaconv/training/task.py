@@ -16,7 +16,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.plugins.io import TorchCheckpointIO
 from rich.progress import Progress, TaskID
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Dataset, DistributedSampler
+from torch.utils.data import BatchSampler, DataLoader, Dataset, DistributedSampler
 from torchmetrics import Metric
 from torchmetrics.classification import MulticlassJaccardIndex
 
@@ -25,6 +25,7 @@ from dynaconv.data.errors import InputError
 from dynaconv.data.folder import PaddedImages, collate_padded
 from dynaconv.training.files import read_checkpoint, save_checkpoint, save_model
 from dynaconv.training.model import Config, RunConfig, build, normalise
+from dynaconv.training.processes import Part, process
 from dynaconv.training.unet import UNet
 
 # The share of a run over which softmax temperatures go from 30 to 1.
@@ -60,6 +61,9 @@ def train_task(
 ) -> History:
     """Trains the model of `task`, and leaves it on the CPU in evaluation mode.
 
+    On several devices each is a process of its own that runs this call, on the CPU too: Lightning
+    starts the others by this process's command line, unless torchrun has started all.
+
     With `out`, a checkpoint is written there after each epoch, and a run that finds one goes on
     from it and ends with the weights of an undisturbed run; `out/model.pt` is the result.
 
@@ -74,7 +78,10 @@ def train_task(
     with quiet(), torch.random.fork_rng():
         trainer = L.Trainer(
             max_epochs=task.config.epochs,
-            devices=1,
+            devices=task.config.devices,
+            strategy="ddp" if task.config.devices > 1 else "auto",
+            use_distributed_sampler=False,
+            sync_batchnorm=task.config.devices > 1 and torch.cuda.is_available(),
             logger=False,
             enable_progress_bar=False,
             enable_model_summary=False,
@@ -85,7 +92,7 @@ def train_task(
         )
         trainer.fit(task, train, val, ckpt_path=last)
     task.model.cpu().eval()
-    if out is not None:
+    if out is not None and trainer.is_global_zero:
         save_model(out / "model.pt", task.model, task.config)
     return task.history
 
@@ -155,7 +162,8 @@ class Task(L.LightningModule):
         total = float(self.trainer.estimated_stepping_batches)
         anneal(self.model, self.global_step / (ANNEALING * total))
         loss = self.loss(batch)
-        if not loss.isfinite():
+        # All processes end with the same error, and none waits for another.
+        if not self.trainer.strategy.reduce(loss.detach(), reduce_op="mean").isfinite():
             raise InputError(f"the loss is {loss.item()} at step {self.global_step}; lower --lr")
         self.log("loss", loss, on_step=False, on_epoch=True, batch_size=batch[0].shape[0])
         return loss
@@ -270,7 +278,7 @@ class Bar(L.Callback):
 class Draws(L.Callback):
     """Makes what is random in training depend on the seed and the step alone.
 
-    A resumed run then draws what an undisturbed one does.
+    A resumed run then draws what an undisturbed one does, and each process its own.
     """
 
     def __init__(self, seed: int) -> None:
@@ -282,7 +290,8 @@ class Draws(L.Callback):
             data.set_epoch(trainer.current_epoch)
 
     def on_train_batch_start(self, trainer: L.Trainer, *_: Any) -> None:
-        torch.manual_seed(self.seed * 1_000_003 + trainer.global_step)
+        drawn = self.seed * 1_000_003 + trainer.global_step
+        torch.manual_seed(drawn + process() * 2**48)
 
 
 def _saver(out: Path) -> ModelCheckpoint:
@@ -295,8 +304,16 @@ def _saver(out: Path) -> ModelCheckpoint:
 def _loader(data: Dataset, config: Config, collate: Callable | None) -> DataLoader:
     """Batches in an order that depends on seed and epoch alone, so that a resumed run matches."""
     order: DistributedSampler = DistributedSampler(data, num_replicas=1, rank=0, seed=config.seed)
-    last = len(order) > config.batch
-    return DataLoader(data, config.batch, sampler=order, drop_last=last, collate_fn=collate)
+    batches = BatchSampler(order, config.batch, drop_last=len(order) > config.batch)
+    return load(data, batches, config, collate)
+
+
+def load(
+    data: Dataset, batches: BatchSampler, config: RunConfig, collate: Callable | None
+) -> DataLoader:
+    """The batches, or this process's part of each."""
+    mine = Part(batches) if config.devices > 1 else batches
+    return DataLoader(data, batch_sampler=mine, collate_fn=collate)
 
 
 @contextmanager

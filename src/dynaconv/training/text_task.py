@@ -10,7 +10,7 @@ from torch.utils.data import DataLoader
 from torchmetrics.classification import MulticlassAccuracy
 
 from dynaconv.data.text import Buckets, TextData, collate
-from dynaconv.training.task import History, Task, train_task
+from dynaconv.training.task import History, Task, load, train_task
 from dynaconv.training.text_model import TextConfig, TextNet, build_text, chunks
 
 
@@ -51,7 +51,7 @@ def fit_text(
     """
     task = Classification(build_text(config), config, train.fingerprint())
     order = Buckets(train.lengths(), config.batch, config.seed)
-    loader = DataLoader(train, batch_sampler=order, collate_fn=collate)
+    loader = load(train, order, config, collate)  # type: ignore[arg-type]
     held_out = None
     if val is not None:
         parts = list(chunks(val.lengths()))

@@ -6,10 +6,14 @@ A file here enrols its checks with `@feature`. A family is covered by being regi
 cannot do, `limits` of its class says with the reason, and then the check has to fail.
 """
 
-from dynaconv.testing.features import compile as compile
-from dynaconv.testing.features import export as export
-from dynaconv.testing.features import onnx as onnx
-from dynaconv.testing.features import transforms as transforms
+from dynaconv.testing.features import (  # noqa: F401 - each enrols its checks
+    compile,
+    export,
+    onnx,
+    parallel,
+    precision,
+    transforms,
+)
 from dynaconv.testing.features.registry import (
     FEATURES,
     Feature,
