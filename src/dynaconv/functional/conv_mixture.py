@@ -62,7 +62,8 @@ def prepare(
     groups: int = 1,
 ) -> tuple[Problem, tuple]:
     """The checked arguments as backends take them, and the problem that they pose."""
-    rank = check_input(NAME, input)
+    tensors = {"weight": weight, "coefficients": coefficients, "bias": bias}
+    rank = check_input(NAME, input, **tensors)
     input, weight, coefficients, bias = autocast(  # type: ignore[assignment]
         input, weight, coefficients, bias
     )

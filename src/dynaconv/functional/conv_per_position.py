@@ -53,7 +53,7 @@ def prepare(
     dilation: IntOrTuple = 1,
 ) -> tuple[Problem, tuple]:
     """The checked arguments as backends take them, and the problem that they pose."""
-    rank = check_input(NAME, input)
+    rank = check_input(NAME, input, weight=weight)
     input, weight = autocast(input, weight)  # type: ignore[assignment]
     check_alike(NAME, input, weight=weight)
     batch, channels = input.shape[:2]

@@ -56,7 +56,7 @@ def prepare(
     groups: int = 1,
 ) -> tuple[Problem, tuple]:
     """The checked arguments as backends take them, and the problem that they pose."""
-    rank = check_input(NAME, input)
+    rank = check_input(NAME, input, weight=weight, bias=bias)
     input, weight, bias = autocast(input, weight, bias)  # type: ignore[assignment]
     check_alike(NAME, input, weight=weight, bias=bias)
     batch, channels = input.shape[:2]

@@ -45,7 +45,7 @@ def conv_transpose_per_sample(
         ValueError: shapes that do not fit, with what was given and what is needed.
         TypeError: a dtype that is not floating point or differs from the input's.
     """
-    rank = check_input(NAME, input)
+    rank = check_input(NAME, input, weight=weight, bias=bias)
     input, weight, bias = autocast(input, weight, bias)  # type: ignore[assignment]
     check_alike(NAME, input, weight=weight, bias=bias)
     batch, channels = input.shape[:2]

@@ -10,6 +10,7 @@ from dynaconv.functional._checks import (
     check_alike,
     check_device,
     check_enlarged,
+    check_floating,
     check_groups,
     check_input,
     check_shape,
@@ -56,12 +57,14 @@ def deform_conv_transpose(
         ValueError: shapes that do not fit, with what was given and what is needed.
         TypeError: a dtype that is not floating point or differs from the input's.
     """
-    rank = check_input(NAME, input)
+    tensors = {"offset": offset, "weight": weight, "bias": bias, "modulation": modulation}
+    rank = check_input(NAME, input, **tensors)
     input, weight, bias, modulation = autocast(  # type: ignore[assignment]
         input, weight, bias, modulation
     )
     check_alike(NAME, input, weight=weight, bias=bias, modulation=modulation)
     check_device(NAME, input, offset=offset)
+    check_floating(NAME, offset=offset)
     if offset.dtype.itemsize < 4:  # half precision cannot hold a position
         offset = offset.float()
     batch, channels, *length = input.shape

@@ -5,7 +5,15 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from dynaconv.functional._checks import check_device, check_input, check_shape
+from dynaconv.functional._checks import (
+    check_bool,
+    check_device,
+    check_floating,
+    check_input,
+    check_number,
+    check_shape,
+    check_tensors,
+)
 from dynaconv.shapes import IntOrTuple, ntuple
 
 NAME = "spectral_resize"
@@ -51,10 +59,8 @@ def spectral_resize(
         TypeError: a dtype that is not floating point, sizes that are neither ints nor such.
     """
     rank = check_input(NAME, input)
-    if not smoothness > 0:
-        raise ValueError(f"{NAME}: smoothness={smoothness} must be above 0")
-    if 0 in input.shape[2:]:
-        raise ValueError(f"{NAME}: input has shape {tuple(input.shape)}; give at least 1 position")
+    check_number(NAME, smoothness=smoothness)
+    check_bool(NAME, published=published)
     shape = tuple(input.shape[2:])
     if isinstance(size, Tensor):
         _check_learned(input, size, rank)
@@ -91,11 +97,9 @@ def resized_shape(
 
 
 def _check_learned(input: Tensor, size: Tensor, rank: int) -> None:
+    check_tensors(NAME, size=size)
     check_device(NAME, input, size=size)
-    if not size.is_floating_point():
-        raise TypeError(
-            f"{NAME}: size is a tensor of dtype {size.dtype}; give ints, or a floating-point tensor"
-        )
+    check_floating(NAME, size=size)
     check_shape(NAME, "size", size, (rank,))
     if not bool((size > 0).all() & size.isfinite().all()):
         raise ValueError(f"{NAME}: size={size.tolist()} must be above 0 and finite")
