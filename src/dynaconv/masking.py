@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from dynaconv.functional._checks import check_amount, check_output, check_tensors
 from dynaconv.shapes import Geometry
 
 
@@ -75,6 +76,8 @@ def each_size(function: Callable[[Tensor], Tensor], x: Tensor, mask: Tensor) -> 
         function(crop(x[i], n)) if all(n) else None
         for i, n in zip(groups, sizes.tolist(), strict=True)
     ]
+    if all(o is None for o in real):
+        raise ValueError("padding_mask has no real position in any sample; give at least one")
     channels = next(o.shape[1] for o in real if o is not None)
     empty = lambda index: x.new_zeros(index.shape[0], channels, *[0] * sizes.shape[1])
     outputs = [empty(i) if o is None else o for i, o in zip(groups, real, strict=True)]
@@ -123,7 +126,8 @@ def output_mask(mask: Tensor, geometry: Geometry) -> Tensor:
     """The mask of a convolution's output: the positions that each sample has when alone."""
     sizes = sizes_from_mask(mask)
     columns = geometry.output_size(sizes.unbind(1))  # type: ignore[arg-type]
-    shape = geometry.output_size(mask.shape[1:])
+    shape = check_output("output_mask", tuple(mask.shape[1:]), geometry)
+    check_amount("output_mask", mask, 1, shape)
     return mask_from_sizes(torch.stack(columns, 1).clamp(min=0), shape)  # type: ignore[arg-type]
 
 
@@ -159,8 +163,20 @@ def masked_detail(x: Tensor, mask: Tensor | None) -> Tensor:
     return total / count.clamp(min=1)
 
 
+def check_spatial_mask(mask: Tensor, rank: int) -> None:
+    """ValueError or TypeError unless `mask` is (N, *L) bool with `rank` sizes in L."""
+    check_tensors("output_mask", padding_mask=mask)
+    if mask.dim() != rank + 1:
+        raise ValueError(
+            f"padding_mask has shape {tuple(mask.shape)}; give (N, *L) with {rank} sizes in L"
+        )
+    if mask.dtype != torch.bool:
+        raise TypeError(f"padding_mask has dtype {mask.dtype}; give bool, True where real")
+
+
 def check_mask(mask: Tensor, input: Tensor) -> None:
     """ValueError or TypeError unless `mask` is (N, *L) bool on the device of input (N, C, *L)."""
+    check_tensors("check_mask", padding_mask=mask)
     wanted = (input.shape[0], *input.shape[2:])
     if mask.shape != wanted:
         raise ValueError(f"padding_mask has shape {tuple(mask.shape)}; give {tuple(wanted)}")

@@ -6,6 +6,9 @@ import signal
 from collections import Counter
 from contextlib import contextmanager
 
+from hypothesis import HealthCheck
+
+QUIET = {"deadline": None, "suppress_health_check": list(HealthCheck), "database": None}
 SECONDS = 60  # of a call on tiny data, on a busy machine
 COUNTS: dict[str, Counter] = {}
 

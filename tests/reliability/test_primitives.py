@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from hypothesis import HealthCheck, event, given, settings
+from hypothesis import event, given, settings
 from hypothesis import strategies as st
 
 from dynaconv import functional
@@ -10,10 +10,9 @@ from dynaconv.dispatch import backends, down_from
 from dynaconv.testing.tolerance import TOLERANCE
 from tests.reliability import broken
 from tests.reliability.calls import MAKERS, Call, calls, plain
-from tests.reliability.judge import count, outcome, parameters
+from tests.reliability.judge import QUIET, count, outcome, parameters
 
 QUICK, SLOW = 12, 600
-QUIET = {"deadline": None, "suppress_health_check": list(HealthCheck), "database": None}
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 # Coordinates may be finer than the data.
 COORDINATES = ("offset", "positions", "size")

@@ -1,18 +1,20 @@
 """What every primitive asks of its arguments before any work."""
 
+import os
 from collections.abc import Sequence
 from math import prod
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from dynaconv.shapes import Geometry, IntOrTuple, enlarged_size, ntuple
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 # Tensors that may be None.
 OPTIONAL = ("bias", "modulation")
-# Elements of an output: beyond that no machine has the memory.
-MOST = 2**40
+# Bytes of an output that no machine holds, and that this one does not.
+MOST = 2**44
+MEMORY = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") if hasattr(os, "sysconf") else MOST
 
 
 def check_input(name: str, input: Tensor, **others: Tensor | None) -> int:
@@ -125,7 +127,6 @@ def check_output(name: str, size: tuple[int, ...], geometry: Geometry) -> tuple[
                 f"{name}: a kernel of {k} taps, dilation {d}, spans {d * (k - 1) + 1} positions, "
                 f"more than the padded input's {length + 2 * p}; give padding or a larger input"
             )
-    check_amount(name, output, geometry.padding)
     return output
 
 
@@ -137,10 +138,16 @@ def check_taps(name: str, geometry: Geometry) -> None:
         )
 
 
-def check_amount(name: str, output: tuple[int, ...], padding: tuple[int, ...]) -> None:
-    """The output is not too large for any memory."""
-    if not torch.compiler.is_compiling() and prod(output) > MOST:
-        raise ValueError(f"{name}: padding={padding} makes an output of {output} positions")
+def check_amount(name: str, input: Tensor, channels: int, size: tuple[int, ...]) -> None:
+    """Memory holds what has so many channels and spatial shape `size`, one for each sample."""
+    if torch.compiler.is_compiling() or type(input) not in (Tensor, nn.Parameter):
+        return
+    amount = max(1, input.shape[0]) * channels * prod(size) * input.dtype.itemsize
+    if amount > (MEMORY if input.device.type == "cpu" else MOST):
+        raise ValueError(
+            f"{name}: stride, padding and dilation make an output of spatial shape {size}, "
+            f"{amount / 2**30:.0f} GiB, which is more than there is memory"
+        )
 
 
 def check_output_padding(name: str, extra: tuple[int, ...], geometry: Geometry) -> None:

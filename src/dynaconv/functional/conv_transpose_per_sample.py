@@ -6,6 +6,7 @@ from dynaconv.dispatch import Problem, choose
 from dynaconv.functional._checks import (
     autocast,
     check_alike,
+    check_amount,
     check_enlarged,
     check_groups,
     check_input,
@@ -65,5 +66,6 @@ def conv_transpose_per_sample(
         ntuple(dilation, rank, "dilation"),
     )
     size = check_enlarged(NAME, tuple(input.shape[2:]), geometry, output_padding)
+    check_amount(NAME, input, out_channels, size)
     problem = Problem.of(NAME, input, weight=weight, bias=bias)
     return choose(problem)(input, weight, bias, geometry, size, groups)

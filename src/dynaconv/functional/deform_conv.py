@@ -9,6 +9,7 @@ from dynaconv.dispatch import Problem, choose
 from dynaconv.functional._checks import (
     autocast,
     check_alike,
+    check_amount,
     check_device,
     check_floating,
     check_groups,
@@ -96,6 +97,7 @@ def prepare(
         check_shape(NAME, "bias", bias, (weight.shape[0],))
     input, geometry = resolve_padding(input, kernel, stride, padding, dilation)  # type: ignore[arg-type]
     output = check_output(NAME, tuple(input.shape[2:]), geometry)
+    check_amount(NAME, input, weight.shape[0], output)
     offset_groups = _check_offset(offset, channels, geometry.kernel, (batch, *output))
     if modulation is not None:
         taps = offset_groups * prod(geometry.kernel)

@@ -8,6 +8,7 @@ from dynaconv.dispatch import Problem, choose
 from dynaconv.functional._checks import (
     autocast,
     check_alike,
+    check_amount,
     check_device,
     check_enlarged,
     check_floating,
@@ -80,6 +81,7 @@ def deform_conv_transpose(
         ntuple(dilation, rank, "dilation"),
     )
     size = check_enlarged(NAME, tuple(length), geometry, output_padding)
+    check_amount(NAME, input, out_channels, size)
     taps = prod(geometry.kernel)
     check_shape(NAME, "offset", offset, (batch, "offset_groups * taps * D", *length))
     check_groups(NAME, offset.shape[1], taps * rank, "offset channels (taps * dimensions)")
