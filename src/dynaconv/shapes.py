@@ -39,7 +39,9 @@ class Geometry(NamedTuple):
         """
         if max(*self.stride, *self.dilation) <= FAR:
             return self
-        dilation = tuple(1 if k == 1 else d for k, d in zip(self.kernel, self.dilation, strict=True))
+        dilation = tuple(
+            1 if k == 1 else d for k, d in zip(self.kernel, self.dilation, strict=True)
+        )
         near = self._replace(dilation=dilation)
         room = near._replace(stride=(1,) * len(dilation)).output_size(size)
         stride = tuple(max(1, min(s, n)) for s, n in zip(self.stride, room, strict=True))
@@ -59,7 +61,7 @@ def enlarged_size(
 def ntuple(value: IntOrTuple, rank: int, name: str, minimum: int = 1) -> tuple[int, ...]:
     """`value` once a dimension: 3 -> (3, 3) at rank 2. ValueError names `name`."""
     many = isinstance(value, Sequence) and not isinstance(value, bytes)
-    values = tuple(value) if many else (value,) * rank  # type: ignore[arg-type]
+    values: tuple = tuple(value) if many else (value,) * rank  # type: ignore[arg-type]
     if len(values) == 1:
         values = values * rank
     if len(values) != rank:

@@ -43,18 +43,18 @@ def outcome(function, keywords, names, label=None):
         with in_time():
             return function(**keywords), None
     except (ValueError, TypeError) as error:
-        text = str(error)
-        assert any(re.search(rf"\b{re.escape(name)}\b", text) for name in names), (
-            f"{label}: {type(error).__name__} names none of {sorted(names)}: {text[:400]}"
-        )
-        count(label, type(error).__name__)
-        return None, error
+        refusal = error
     except AssertionError:
         raise
     except BaseException as error:
         if isinstance(error, KeyboardInterrupt):
             raise
         raise AssertionError(f"{label}: {type(error).__name__}: {str(error)[:600]}") from error
+    text, kind = str(refusal), type(refusal).__name__
+    named = any(re.search(rf"\b{re.escape(name)}\b", text) for name in names)
+    assert named, f"{label}: {kind} names none of {sorted(names)}: {text[:400]}"
+    count(label, kind)
+    return None, refusal
 
 
 def parameters(function):

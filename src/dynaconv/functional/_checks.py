@@ -3,6 +3,8 @@
 import os
 from collections.abc import Sequence
 from math import prod
+from types import UnionType
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -14,7 +16,12 @@ DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 OPTIONAL = ("bias", "modulation")
 # Bytes of an output that no machine holds, and that this one does not.
 MOST = 2**44
-MEMORY = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") if hasattr(os, "sysconf") else MOST
+MEMORY = (
+    os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") if hasattr(os, "sysconf") else MOST
+)
+
+# Numbers from there on overflow in float32.
+LIMIT = 1e30
 
 
 def check_input(name: str, input: Tensor, **others: Tensor | None) -> int:
@@ -48,7 +55,9 @@ def check_floating(name: str, **tensors: Tensor) -> None:
     """All have a dtype that data may have."""
     for what, tensor in tensors.items():
         if tensor.dtype not in DTYPES:
-            raise TypeError(f"{name}: {what} has dtype {tensor.dtype}; give a floating-point tensor")
+            raise TypeError(
+                f"{name}: {what} has dtype {tensor.dtype}; give a floating-point tensor"
+            )
 
 
 def check_choice(name: str, choices: Sequence[str], **values: str) -> None:
@@ -60,11 +69,46 @@ def check_choice(name: str, choices: Sequence[str], **values: str) -> None:
 
 def check_number(name: str, **values: float) -> None:
     """Each value is a finite number above 0."""
+    check_finite(name, **values)
+    for what, value in values.items():
+        if not value > 0:
+            raise ValueError(f"{name}: {what}={value} must be above 0")
+
+
+def check_finite(name: str, **values: float) -> None:
+    """Each value is a number, and finite."""
     for what, value in values.items():
         if isinstance(value, bool) or not isinstance(value, int | float):
             raise TypeError(f"{name}: {what}={value!r} must be a number")
-        if not 0 < value < float("inf"):
-            raise ValueError(f"{name}: {what}={value} must be above 0, and finite")
+        if not abs(value) < LIMIT:
+            raise ValueError(f"{name}: {what}={value} must be finite, and below {LIMIT:g}")
+
+
+def check_module(name: str, **modules: nn.Module) -> None:
+    """Each is a module."""
+    for what, module in modules.items():
+        if not isinstance(module, nn.Module):
+            raise TypeError(f"{name}: {what} is of {type(module)}; give an nn.Module")
+
+
+def check_count(name: str, minimum: int = 0, **values: int) -> None:
+    """Each value is an int of at least `minimum`."""
+    for what, value in values.items():
+        if isinstance(value, bool) or not isinstance(value, int | torch.SymInt):
+            raise TypeError(f"{name}: {what}={value!r} must be an int")
+        if value < minimum:
+            raise ValueError(f"{name}: {what}={value} must be at least {minimum}")
+
+
+def check_list(name: str, kind: type | UnionType, spelled: str, **values: Any) -> list:
+    """The one value as a list, all its entries of `kind`."""
+    ((what, value),) = values.items()
+    if not isinstance(value, Sequence) or isinstance(value, str | bytes):
+        raise TypeError(f"{name}: {what} is of {type(value)}; give a list of {spelled}")
+    for i, entry in enumerate(value):
+        if isinstance(entry, bool) or not isinstance(entry, kind):
+            raise TypeError(f"{name}: {what}[{i}] is of {type(entry)}; give {spelled}")
+    return list(value)
 
 
 def check_bool(name: str, **values: bool) -> None:
@@ -145,8 +189,8 @@ def check_amount(name: str, input: Tensor, channels: int, size: tuple[int, ...])
     amount = max(1, input.shape[0]) * channels * prod(size) * input.dtype.itemsize
     if amount > (MEMORY if input.device.type == "cpu" else MOST):
         raise ValueError(
-            f"{name}: stride, padding and dilation make an output of spatial shape {size}, "
-            f"{amount / 2**30:.0f} GiB, which is more than there is memory"
+            f"{name}: what has spatial shape {size} takes {amount >> 30} GiB, more than there is "
+            "memory; give less padding, stride or dilation"
         )
 
 

@@ -9,7 +9,7 @@ from typing import Any, Union, get_args, get_origin, get_type_hints
 
 import torch
 
-from dynaconv.functional._checks import DTYPES, check_bool
+from dynaconv.functional._checks import DTYPES
 from dynaconv.shapes import LARGEST
 
 SPELLED = {int: "an int", float: "a finite number", bool: "True or False", str: "a word"}
@@ -78,32 +78,29 @@ def check_options(cls: type, build: Callable, options: dict[str, Any]) -> None:
             raise TypeError(f"{cls.__name__}: {name}={value!r} must be {spelled(kind)}")
 
 
-def fits(value: Any, kind: Any) -> bool:
-    """Whether `value` is of the annotated `kind`: numbers finite, ints of 32 bits, bools apart."""
-    if kind in (int, float):
-        is_number = isinstance(value, int) or (kind is float and isinstance(value, float))
-        # An int as large as LARGEST is compared first: it may be too large for a float.
-        return not isinstance(value, bool) and is_number and _moderate(value)
-    if get_origin(kind) in (Union, UnionType):
-        return any(fits(value, one) for one in get_args(kind))
-    if get_origin(kind) in (tuple, Sequence):
-        entry = get_args(kind)[0]
+def fits(value: Any, kind: Any, largest: int = LARGEST) -> bool:
+    """Whether `value` is of the annotated `kind`; bools are no numbers, and those are finite."""
+    origin = get_origin(kind) or kind
+    if origin in (int, float):
+        if isinstance(value, bool) or not isinstance(value, int | float):
+            return False
+        whole = isinstance(value, int)
+        return abs(value) <= largest if whole else origin is float and isfinite(value)
+    if origin in (Union, UnionType):
+        return any(fits(value, one, largest) for one in get_args(kind))
+    if origin in (tuple, list, Sequence):
         many = isinstance(value, Sequence) and not isinstance(value, str | bytes)
-        return many and all(fits(v, entry) for v in value)
-    if get_origin(kind) is Callable:
+        return many and all(fits(v, get_args(kind)[0], largest) for v in value)
+    if origin is Callable:
         return callable(value)
-    return isinstance(value, kind) if isinstance(kind, type) else True
-
-
-def _moderate(value: float) -> bool:
-    return abs(value) <= LARGEST if isinstance(value, int) else isfinite(value)
+    return isinstance(value, origin) if isinstance(origin, type) else True
 
 
 def spelled(kind: Any) -> str:
     """The annotated kind in words."""
     if get_origin(kind) in (Union, UnionType):
         return " or ".join(dict.fromkeys(spelled(one) for one in get_args(kind)))
-    if get_origin(kind) in (tuple, Sequence):
+    if get_origin(kind) in (tuple, list, Sequence):
         return f"several, each {spelled(get_args(kind)[0])}"
     return SPELLED.get(kind, "a function" if get_origin(kind) is Callable else str(kind))
 
@@ -120,6 +117,3 @@ def room_for(**sizes: Any) -> Iterator[None]:
             raise
         given = ", ".join(f"{name}={value!r}" for name, value in sizes.items())
         raise ValueError(f"{given}: there is no memory for such tensors ({reason})") from error
-
-
-__all__ = ["check_bool", "check_border", "check_channels", "check_options", "check_place", "room_for"]

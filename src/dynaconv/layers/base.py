@@ -15,6 +15,7 @@ from dynaconv.functional import conv as convolve
 from dynaconv.functional import conv_mixture, conv_per_position, conv_per_sample, deform_conv
 from dynaconv.functional._checks import (
     check_amount,
+    check_bool,
     check_choice,
     check_floating,
     check_output,
@@ -22,7 +23,6 @@ from dynaconv.functional._checks import (
 )
 from dynaconv.layers import causal as causality_of
 from dynaconv.layers.arguments import (
-    check_bool,
     check_border,
     check_channels,
     check_options,
@@ -471,7 +471,7 @@ def conv_nd(rank: int, *args: Any, **kwargs: Any) -> ConvNd:
 
 
 def at_least(minimum: float, **values: float) -> None:
-    """ValueError unless every value is at least `minimum`."""
+    """ValueError unless every value is a number of at least `minimum`."""
     for name, value in values.items():
         if value < minimum:
             raise ValueError(f"{name}={value} must be at least {minimum}")
