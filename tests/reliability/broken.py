@@ -1,5 +1,7 @@
 """Arguments as nobody should give them, and tensors as memory may hold them."""
 
+import warnings
+
 import numpy as np
 import torch
 from torch import Tensor, nn
@@ -63,6 +65,16 @@ def of_tensor(tensor: Tensor) -> dict[str, object]:
         )
         changes[f"one in {d}"] = lambda d=d: tensor.narrow(d, 0, min(1, tensor.shape[d]))
     return changes
+
+
+def made(way):
+    """What way() makes; None where torch has no such tensor."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of formats that are prototypes, or deprecated
+        try:
+            return way()
+        except (RuntimeError, TypeError):
+            return None
 
 
 def strided(t: Tensor) -> Tensor:

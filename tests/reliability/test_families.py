@@ -100,11 +100,11 @@ def call(data, cls, layer, backend):
         tensor = arguments[changed]
         ways = broken.of_tensor(tensor) if torch.is_tensor(tensor) else {}
         way = data.draw(st.sampled_from([*ways, "nothing alike"]))
-        try:
-            strange = st.sampled_from(broken.NO_TENSORS)
-            arguments[changed] = data.draw(strange) if way == "nothing alike" else ways[way]()
-        except (RuntimeError, TypeError, UserWarning):
+        strange = st.sampled_from(broken.NO_TENSORS)
+        value = data.draw(strange) if way == "nothing alike" else broken.made(ways[way])
+        if value is None and way != "nothing alike":
             return
+        arguments[changed] = value
     label, names = cls.family, [*CALLED, *option_names(cls)]
     with down_from(backend):
         result, refusal = outcome(getattr(layer, method), arguments, names, label)

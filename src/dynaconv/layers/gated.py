@@ -15,6 +15,7 @@ from dynaconv.functional._checks import (
     check_list,
     check_number,
     check_shape,
+    check_tensors,
 )
 from dynaconv.layers.base import ConvNd, DynamicConv, conv_nd, positive, without_autocast
 from dynaconv.layers.costs import add_cost
@@ -190,6 +191,7 @@ def sparsity_loss(
     if work is not None and len(work) != len(costs):
         raise ValueError(f"work has {len(work)} entries for {len(costs)} costs")
     for i, cost in enumerate(costs):
+        check_tensors("sparsity_loss", **{f"costs[{i}]": cost})
         check_shape("sparsity_loss", f"costs[{i}]", cost, ())
         check_floating("sparsity_loss", **{f"costs[{i}]": cost})
         check_alike("sparsity_loss", costs[0], **{f"costs[{i}]": cost})
