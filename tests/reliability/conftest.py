@@ -1,11 +1,14 @@
 """Memory is scarce in these tests, so that a call that wants gigabytes is seen."""
 
 import resource
+from collections import Counter
 from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 import torch
+
+from tests.reliability.judge import COUNTS
 
 GIBIBYTE = 2**30
 
@@ -21,6 +24,16 @@ def limited(room):
         yield
     finally:
         resource.setrlimit(resource.RLIMIT_AS, (soft, hard))
+
+
+def pytest_terminal_summary(terminalreporter):
+    """How many calls were made, and how they ended."""
+    total = Counter()
+    for label, counts in COUNTS.items():
+        total += counts
+        terminalreporter.write_line(f"{label}: {dict(counts)}")
+    if total:
+        terminalreporter.write_line(f"all: {dict(total)}")
 
 
 @pytest.fixture

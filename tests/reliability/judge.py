@@ -39,6 +39,7 @@ def outcome(function, keywords, names, label=None):
     Anything that is neither is raised as AssertionError.
     """
     label = label or function.__name__
+    count(label, "calls")
     try:
         with in_time():
             return function(**keywords), None

@@ -188,7 +188,7 @@ def test_some(name):
 @pytest.mark.slow
 @pytest.mark.parametrize("name", FAMILIES)
 def test_many(name):
-    @settings(max_examples=300, derandomize=True, **QUIET)
+    @settings(max_examples=200, derandomize=True, **QUIET)
     @given(st.data())
     def check(data):
         run(data, name)

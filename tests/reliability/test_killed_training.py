@@ -114,9 +114,8 @@ def text_arguments(tmp_path, epochs):
     return [path, *small, "--epochs", epochs]
 
 
-@pytest.mark.parametrize("arguments", [image_arguments, text_arguments])
-def test_killed_twice(arguments, tmp_path):
-    check_killed(arguments(tmp_path, 20), tmp_path, 2)
+def test_killed_twice(tmp_path):
+    check_killed(image_arguments(tmp_path, 20), tmp_path, 2)
 
 
 @pytest.mark.slow

@@ -121,7 +121,7 @@ def test_steps_beyond_are_refused(name):
 @pytest.mark.parametrize("name", [n for n in CALLS if "transpose" not in n])
 def test_outputs_beyond_memory_are_refused(name):
     tensors = [t.unsqueeze(-1) if t.dim() > 2 else t for t in CALLS[name]]
-    with pytest.raises(ValueError, match="more than there is memory|offset has shape|weight has"):
+    with pytest.raises(ValueError, match=r"more than there is memory|offset has shape|weight has"):
         getattr(functional, name)(*tensors, padding=LARGEST)
 
 
@@ -138,5 +138,5 @@ def test_layers_of_sizes_beyond_are_refused(argument):
 
 def test_kernels_that_no_memory_holds_are_refused():
     for cls in (dynaconv.ODConv2d, dynaconv.DyConv3d, dynaconv.DeformConv1d):
-        with pytest.raises(ValueError, match="kernel_size=1000000000.*no memory"):
+        with pytest.raises(ValueError, match=r"kernel_size=1000000000.*no memory"):
             cls(2, 2, 10**9)
