@@ -133,6 +133,7 @@ VALUES = [
     (CONV, (T(4, 0, 9, 9), T(8, 0, 3, 3)), {}, "there are 0 input channels; give at least 1"),
     (PER_SAMPLE, (X, T(4, 0, 16, 3, 3)), {}, "there are 0 output channels"),
     (DEFORM, (X, OFFSET, T(8, 16, 3, 0)), {"padding": 1}, "weight has a kernel of shape"),
+    (TRANSPOSE, (X, T(4, 16, 0, 3, 3)), {}, "there are 0 output channels"),
     (TRANSPOSE, (X, T(4, 16, 8, 0, 3)), {}, "weight has a kernel of shape"),
     (TRANSPOSE, (X, T(4, 16, 8, 3, 3)), {"stride": 2**30}, "GiB, more than there is memory"),
     (GRID, (X, [T(4, 5, 3), T(4, 5, 3)], W, T(5)), {}, r"bias has shape \(5,\); give \(8,\)"),
@@ -195,3 +196,9 @@ def test_ntuple():
     assert ntuple(3, 2, "stride") == (3, 3)
     assert ntuple((3,), 2, "stride") == (3, 3)
     assert ntuple([1, 2], 2, "stride") == (1, 2)
+
+
+def test_a_bias_has_a_gradient_in_an_empty_batch():
+    bias = T(8).requires_grad_()
+    TRANSPOSE(X[:0], T(0, 16, 8, 3, 3), bias).sum().backward()
+    assert torch.equal(bias.grad, torch.zeros(8))

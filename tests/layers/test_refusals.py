@@ -49,8 +49,8 @@ def layer(**arguments):
             (9, 9), (1, 1), (0, 0), (1, 1)))),
         (TypeError, "step: state=5", lambda: dynaconv.DyConv1d(2, 2, 3, causal=True).step(
             torch.ones(1, 2), 5)),
-        (ValueError, "no real position in any sample", lambda: dynaconv.ContMixConv2d(4, 4, 3, padding=1)(
-            X, REAL & False)),
+        (ValueError, "no real position in any sample", lambda: dynaconv.ContMixConv2d(
+            4, 4, 3, padding=1)(X, REAL & False)),
         (TypeError, "convert: model is of <class 'int'>", lambda: dynaconv.convert(5, "odconv")),
         (ValueError, r"where='\(' is no", lambda: dynaconv.convert(nn.ReLU(), "odconv", "(")),
         (TypeError, "select: min_channels='x'", lambda: dynaconv.select(min_channels="x")),

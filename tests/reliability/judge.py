@@ -6,9 +6,11 @@ import signal
 from collections import Counter
 from contextlib import contextmanager
 
-from hypothesis import HealthCheck
+from hypothesis import HealthCheck, Phase
 
 QUIET = {"deadline": None, "suppress_health_check": list(HealthCheck), "database": None}
+# A failing example is told as it was drawn: making it smaller takes minutes.
+QUIET["phases"] = (Phase.explicit, Phase.generate)
 SECONDS = 60  # of a call on tiny data, on a busy machine
 COUNTS: dict[str, Counter] = {}
 

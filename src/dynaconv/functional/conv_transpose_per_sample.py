@@ -54,6 +54,7 @@ def conv_transpose_per_sample(
     free = ("k",) * rank
     check_shape(NAME, "weight", weight, (batch, channels, "C_out / groups", *free))
     out_channels = weight.shape[2] * groups
+    check_groups(NAME, out_channels, groups, "output channels")
     if bias is not None and bias.dim() == 1:
         check_shape(NAME, "bias", bias, (out_channels,))
         bias = bias.expand(batch, out_channels)

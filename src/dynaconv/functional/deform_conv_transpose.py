@@ -72,6 +72,7 @@ def deform_conv_transpose(
     check_groups(NAME, channels, groups, "input channels")
     check_shape(NAME, "weight", weight, (channels, "C_out / groups", *("k",) * rank))
     out_channels = weight.shape[1] * groups
+    check_groups(NAME, out_channels, groups, "output channels")
     if bias is not None:
         check_shape(NAME, "bias", bias, (out_channels,))
     geometry = Geometry(
