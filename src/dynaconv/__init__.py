@@ -6,12 +6,14 @@ from dynaconv.anneal import anneal, parameter_groups
 from dynaconv.catalogue import catalogue
 from dynaconv.convert import convert, select
 from dynaconv.dispatch import backend, explain
+from dynaconv.freeze import freeze
 from dynaconv.layers import *  # noqa: F403 - made by the registry
 from dynaconv.layers.costs import collect_costs
 from dynaconv.layers.gated import sparsity_loss
 from dynaconv.layers.learned_stride import stride_cost
 from dynaconv.masked import MaskedSequential
 from dynaconv.masking import Padded, mask_from_sizes, pad_batch, unpad_batch
+from dynaconv.published import load_published
 from dynaconv.registry import families, register_family
 from dynaconv.warehouse import share_kernels
 
@@ -27,8 +29,10 @@ __all__ = [
     "convert",
     "explain",
     "families",
+    "freeze",
     "functional",
     "layers",
+    "load_published",
     "mask_from_sizes",
     "masked",
     "pad_batch",

@@ -13,6 +13,7 @@ from torch.nn.utils import parametrize
 
 from dynaconv.functional._checks import check_bool, check_count, check_list, check_module
 from dynaconv.layers.base import ConvNd, DynamicConv
+from dynaconv.modules import count_parameters, put
 from dynaconv.registry import Family, family
 from dynaconv.shapes import IntOrTuple, ntuple
 
@@ -82,7 +83,7 @@ def convert(
     target, chosen = family(to), chooser("convert", where)
     model = model if inplace else copy.deepcopy(model)
     report = Report(to)
-    before = _count(model)
+    before = count_parameters(model)
     swapped: dict[nn.Module, nn.Module] = {}
     for name, module in list(_convolutions(model)):
         reason = _reason_against(module, target)
@@ -98,8 +99,8 @@ def convert(
                 report.kept.append((name, str(error)))
                 continue
             report.converted.append(name)
-        model = _put(model, name, swapped[module])
-    report.parameters = (before, _count(model))
+        model = put(model, name, swapped[module])
+    report.parameters = (before, count_parameters(model))
     if not report.converted:
         raise ValueError(f"no convolution was converted\n{report}")
     return Conversion(model, report)
@@ -224,16 +225,3 @@ def _replacement(conv: ConvNd, target: Family, exact: bool, options: dict[str, A
         if exact:
             raise
         return cls.like(conv, **options)
-
-
-def _put(model: nn.Module, name: str, layer: nn.Module) -> nn.Module:
-    """The model with `layer` at `name`; the layer itself where the model was the convolution."""
-    if not name:
-        return layer
-    parent, _, child = name.rpartition(".")
-    setattr(model.get_submodule(parent), child, layer)
-    return model
-
-
-def _count(model: nn.Module) -> int:
-    return sum(p.numel() for p in model.parameters() if not is_lazy(p))

@@ -85,6 +85,11 @@ def backend(name: str) -> Iterator[None]:
         _forced.pop()
 
 
+def is_forced(name: str) -> bool:
+    """Whether `with backend(name)` is in force."""
+    return bool(_forced) and _forced[-1] == name
+
+
 @contextmanager
 def down_from(name: str) -> Iterator[None]:
     """Inside the `with` block, a backend comes first, and those after it serve what it does not.

@@ -1,8 +1,9 @@
-"""What the tests of the native kernels share."""
+"""What the tests of the native and the Triton kernels share."""
 
 import os
 import subprocess
 import sys
+from math import prod
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from hypothesis import strategies as st
 import dynaconv
 from dynaconv import functional
 from dynaconv.backends.native import library
+from dynaconv.shapes import Geometry
 from dynaconv.testing import TOLERANCE, close
 
 needs_the_library = pytest.mark.skipif(library.MISSING is not None, reason=str(library.MISSING))
@@ -38,18 +40,49 @@ def run(name, primitive, tensors, settings, wanted=None, upstream=None):
     if upstream is None:  # in sixteenths: exact in every dtype
         wave = torch.arange(output.numel(), dtype=torch.float64).cos()
         upstream = ((16 * wave).round() / 16).reshape(output.shape)
-    gradients = torch.autograd.grad(output, [leaves[k] for k in wanted], upstream.to(output.dtype))
+    gradients = torch.autograd.grad(output, [leaves[k] for k in wanted], upstream.to(output))
     return {"output": output.detach()} | dict(zip(wanted, gradients, strict=True))
 
 
-def check(primitive, tensors, settings, tolerance=None, **choices):
-    """AssertionError unless native gives what the reference gives in float64."""
+def check(primitive, tensors, settings, tolerance=None, backend="native", **choices):
+    """AssertionError unless the backend gives what the reference gives in float64."""
     tolerance = tolerance or TOLERANCE[tensors["input"].dtype]
     exact = {name: t.double() for name, t in tensors.items()}
     expected = run("reference", primitive, exact, settings, **choices)
-    for what, value in run("native", primitive, tensors, settings, **choices).items():
+    for what, value in run(backend, primitive, tensors, settings, **choices).items():
         shapes = {name: tuple(t.shape) for name, t in tensors.items()}
         close(value, expected[what], f"{primitive} of {shapes}, {settings}: {what}", tolerance)
+
+
+def deformed_call(
+    channels,
+    out_channels,
+    size,
+    kernel,
+    batch=2,
+    groups=1,
+    offset_groups=1,
+    bias=True,
+    modulated=True,
+    dtype=torch.float64,
+    **geometry,
+):
+    """A fresh random call of deform_conv; offsets keep off the points of the grid."""
+    rank, taps = len(size), prod(kernel)
+    defaults = {"stride": 1, "padding": 0, "dilation": 1} | geometry
+    fields = [v if isinstance(v, tuple) else (v,) * rank for v in defaults.values()]
+    output = Geometry(kernel, *fields).output_size(size)
+    offset = torch.randn(batch, offset_groups * taps * rank, *output, dtype=dtype)
+    tensors = {
+        "input": torch.randn(batch, channels, *size, dtype=dtype),
+        "offset": (16 * offset).round() / 8 + 1 / 16,
+        "weight": torch.randn(out_channels, channels // groups, *kernel, dtype=dtype),
+    }
+    if bias:
+        tensors["bias"] = torch.randn(out_channels, dtype=dtype)
+    if modulated:
+        tensors["modulation"] = torch.rand(batch, offset_groups * taps, *output, dtype=dtype)
+    return tensors, geometry | {"groups": groups}
 
 
 def random_geometry(draw):

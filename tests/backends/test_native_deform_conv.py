@@ -1,7 +1,6 @@
 """deform_conv in C++ against the reference: values, gradients, and every way a call is cut up."""
 
 from itertools import product
-from math import prod
 
 import pytest
 import torch
@@ -13,10 +12,15 @@ from dynaconv import functional
 from dynaconv.backends.native import library
 from dynaconv.backends.native.deform_conv import operator
 from dynaconv.functional.deform_conv import prepare
-from dynaconv.shapes import Geometry
 from dynaconv.testing import TOLERANCE, check_primitive, close, samples
 from tests.backends import native
-from tests.backends.native import LAYOUTS, channels_last, needs_the_library, on_instruction_set
+from tests.backends.native import (
+    LAYOUTS,
+    channels_last,
+    deformed_call,
+    needs_the_library,
+    on_instruction_set,
+)
 
 pytestmark = needs_the_library
 every_rank = pytest.mark.parametrize("rank", [1, 2, 3])
@@ -25,37 +29,6 @@ LAYOUTS = LAYOUTS | {
         channels_last(torch.cat([t, t], 1))[:, t.shape[1] :] if t.dim() > 1 else t
     ),
 }
-
-
-def call_of(
-    channels,
-    out_channels,
-    size,
-    kernel,
-    batch=2,
-    groups=1,
-    offset_groups=1,
-    bias=True,
-    modulated=True,
-    dtype=torch.float64,
-    **geometry,
-):
-    """A fresh random call: tensors by name, and settings. Offsets keep off the grid's points."""
-    rank, taps = len(size), prod(kernel)
-    defaults = {"stride": 1, "padding": 0, "dilation": 1} | geometry
-    fields = [v if isinstance(v, tuple) else (v,) * rank for v in defaults.values()]
-    output = Geometry(kernel, *fields).output_size(size)
-    offset = torch.randn(batch, offset_groups * taps * rank, *output, dtype=dtype)
-    tensors = {
-        "input": torch.randn(batch, channels, *size, dtype=dtype),
-        "offset": (16 * offset).round() / 8 + 1 / 16,
-        "weight": torch.randn(out_channels, channels // groups, *kernel, dtype=dtype),
-    }
-    if bias:
-        tensors["bias"] = torch.randn(out_channels, dtype=dtype)
-    if modulated:
-        tensors["modulation"] = torch.rand(batch, offset_groups * taps, *output, dtype=dtype)
-    return tensors, geometry | {"groups": groups}
 
 
 def run(name, *call, **choices):
@@ -99,10 +72,10 @@ def run_on_one_instruction_set(name):
 
 def test_edges_of_tiles_blocks_and_slices():
     for positions in (1, 13, 14, 15, 97, 98, 99, 112, 113, 195, 196, 197):
-        check(*call_of(3, 5, (positions,), (3,), padding=1))
+        check(*deformed_call(3, 5, (positions,), (3,), padding=1))
     for channels in (1, 2, 7, 8, 15, 16, 17, 31, 33, 63, 64, 65, 130):
-        check(*call_of(channels, 4, (5, 4), (3, 2), batch=1))
-        check(*call_of(4, channels, (5, 4), (3, 2), batch=3))
+        check(*deformed_call(channels, 4, (5, 4), (3, 2), batch=1))
+        check(*deformed_call(4, channels, (5, 4), (3, 2), batch=3))
 
 
 @pytest.mark.parametrize(
@@ -127,7 +100,7 @@ def test_edges_of_tiles_blocks_and_slices():
 )
 @pytest.mark.parametrize("batch", [1, 3])
 def test_many_channels_taps_and_groups(case, batch):
-    check(*call_of(**case, batch=batch))
+    check(*deformed_call(**case, batch=batch))
 
 
 @pytest.mark.parametrize("threads", [1, 2, 3, 8])
@@ -139,7 +112,7 @@ def test_any_number_of_threads(threads, rank):
         for batch, offset_groups in product((1, 2, 3), (1, 3)):
             size, kernel = (9, 6, 4)[:rank], (3, 3, 2)[:rank]
             channels = 48 * offset_groups
-            check(*call_of(channels, 5, size, kernel, batch, offset_groups=offset_groups))
+            check(*deformed_call(channels, 5, size, kernel, batch, offset_groups=offset_groups))
     finally:
         torch.set_num_threads(before)
 
@@ -158,7 +131,7 @@ def test_random_calls(data):
     ]
     size = tuple(n + draw(0, 60 if rank == 1 else 9 if rank == 2 else 4) for n in least)
     torch.manual_seed(draw(0, 1000))
-    tensors, others = call_of(
+    tensors, others = deformed_call(
         channels,
         groups * draw(1, 20),
         size,
@@ -179,7 +152,7 @@ def test_random_calls(data):
 
 @every_rank
 def test_float32_offsets_with_float64_data(rank):
-    tensors, others = call_of(20, 6, (9, 6, 4)[:rank], (3, 3, 2)[:rank], padding=1)
+    tensors, others = deformed_call(20, 6, (9, 6, 4)[:rank], (3, 3, 2)[:rank], padding=1)
     tensors["offset"] = tensors["offset"].float()
     check(tensors, others, TOLERANCE[torch.float32])
     assert run("native", tensors, others)["offset"].dtype == torch.float32
@@ -205,7 +178,7 @@ BORDER = [0.0, -0.0, -1.0, -1.5, -2.0, -0.5, 1.0, 2.5, 3.0, 4.0, 4.5, 5.0, 6.0]
 def test_borders_far_offsets_and_nan(rank, dtype):
     sizes = [(5, 4, 3)[:rank], (1, 2, 1)[:rank]]
     for size, value, d in product(sizes, FAR + BORDER, range(rank)):
-        tensors, others = call_of(3, 2, size, (1,) * rank, 1, dtype=dtype)
+        tensors, others = deformed_call(3, 2, size, (1,) * rank, 1, dtype=dtype)
         tensors["offset"][:, d, ..., 0] = value
         same_everywhere(tensors, others)
     tensors["offset"].fill_(float("nan"))
@@ -216,7 +189,7 @@ def test_borders_far_offsets_and_nan(rank, dtype):
 @pytest.mark.parametrize("what", ["input", "modulation", "weight", "bias", "upstream"])
 @pytest.mark.parametrize("channels", [3, 16])
 def test_nan_and_infinity_spread_as_in_the_reference(what, value, channels):
-    tensors, others = call_of(channels, 2, (4, 3), (3, 3), 2, padding=1)
+    tensors, others = deformed_call(channels, 2, (4, 3), (3, 3), 2, padding=1)
     upstream = torch.randn(2, 2, 4, 3, dtype=torch.float64)
     changed = tensors | {"upstream": upstream}
     changed[what].view(-1)[0] = value
@@ -236,7 +209,7 @@ def test_half_data_takes_float32_offsets():
 
 @pytest.mark.parametrize("batch", [1, 2])
 def test_each_gradient_alone(batch):
-    tensors, others = call_of(33, 6, (7, 8), (3, 3), batch, padding=1)
+    tensors, others = deformed_call(33, 6, (7, 8), (3, 3), batch, padding=1)
     expected = run("reference", tensors, others)
     for name in tensors:
         gradient = run("native", tensors, others, wanted=[name])[name]
@@ -246,7 +219,7 @@ def test_each_gradient_alone(batch):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("change", [torch.clone, channels_last])
 def test_layout_of_output_and_gradients(dtype, change):
-    tensors, others = call_of(16, 6, (7, 8), (3, 3), 2, padding=1, dtype=dtype)
+    tensors, others = deformed_call(16, 6, (7, 8), (3, 3), 2, padding=1, dtype=dtype)
     tensors["input"] = change(tensors["input"])
     values = run("native", tensors, others)
     for what in ("output", "input"):
@@ -256,7 +229,7 @@ def test_layout_of_output_and_gradients(dtype, change):
 
 @pytest.mark.parametrize("batch", [1, 2])
 def test_the_same_call_gives_the_same_bits(batch):
-    tensors, others = call_of(64, 32, (20, 21), (3, 3), batch, padding=1, dtype=torch.float32)
+    tensors, others = deformed_call(64, 32, (20, 21), (3, 3), batch, padding=1, dtype=torch.float32)
     first = run("native", tensors, others)
     for _ in range(5):
         for what, value in run("native", tensors, others).items():
@@ -264,7 +237,9 @@ def test_the_same_call_gives_the_same_bits(batch):
 
 
 def arguments(rank, modulated):
-    tensors, others = call_of(4, 6, (5, 4, 3)[:rank], (2, 2, 2)[:rank], 2, 2, 2, True, modulated)
+    tensors, others = deformed_call(
+        4, 6, (5, 4, 3)[:rank], (2, 2, 2)[:rank], 2, 2, 2, True, modulated
+    )
     _, (*given, geometry, groups) = prepare(**tensors, **others)
     given = [None if t is None else t.requires_grad_() for t in given]
     return given, [*map(list, geometry[1:]), groups]
@@ -305,7 +280,7 @@ def test_it_serves_calls_on_the_cpu():
 
 @pytest.mark.parametrize("batch", [1, 2])
 def test_the_comparison_has_teeth(batch):
-    tensors, others = call_of(20, 6, (7, 8), (3, 3), batch, padding=1)
+    tensors, others = deformed_call(20, 6, (7, 8), (3, 3), batch, padding=1)
     expected = run("reference", tensors, others)
     for what, value in run("native", tensors, others).items():
         with pytest.raises(AssertionError):

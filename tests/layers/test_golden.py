@@ -50,12 +50,17 @@ def static(config):
     return {key: config[key] for key in STATIC if key in config}
 
 
+def condconv(config):
+    channels = (config["in_channels"], config["out_channels"])
+    return dynaconv.CondConv2d(*channels, **static(config), experts=config["num_experts"])
+
+
 @cases("condconv")
 def test_condconv(case):
     config = case["config"]
     shape = (config["num_experts"], config["out_channels"], -1, *[config["kernel_size"]] * 2)
     if case["name"] == "routing":
-        layer = dynaconv.CondConv2d(8, 12, **static(config), experts=config["num_experts"])
+        layer = condconv(config)
         names = {"weight": "conv.weight", "bias": "conv.bias"}
         names |= {f"routing.{key}": f"routing_fn.{key}" for key in ("weight", "bias")}
         # timm keeps each expert flat
@@ -96,10 +101,8 @@ def test_dyconv(case):
     check(layer, case, names)
 
 
-@cases("odconv")
-def test_odconv(case):
-    config = case["config"]
-    layer = dynaconv.ODConv2d(
+def odconv(config):
+    return dynaconv.ODConv2d(
         config["in_planes"],
         config["out_planes"],
         **static(config),
@@ -108,6 +111,11 @@ def test_odconv(case):
         reduction=config.get("reduction", 1 / 16),
         temperature=config["temperature"],
     )
+
+
+@cases("odconv")
+def test_odconv(case):
+    layer = odconv(case["config"])
     names = {"weight": "weight", "attention.fc.weight": "attention.fc.weight"}
     names |= with_norm({"attention.bn": "attention.bn"})
     for head in ("channel_fc", "filter_fc", "spatial_fc", "kernel_fc"):
@@ -118,21 +126,22 @@ def test_odconv(case):
     check(layer, case, names)
 
 
+def involution(config):
+    channels, size, stride = (config[k] for k in ("channels", "kernel_size", "stride"))
+    return dynaconv.Involution2d(channels, channels, size, stride, size // 2, bias=False)
+
+
 @cases("involution")
 def test_involution(case):
-    channels, size, stride = (case["config"][k] for k in ("channels", "kernel_size", "stride"))
-    layer = dynaconv.Involution2d(channels, channels, size, stride, size // 2, bias=False)
+    layer = involution(case["config"])
     names = {"reduce.weight": "conv1.conv.weight"} | with_norm({"bn": "conv1.bn"})
     names |= {f"span.{key}": f"conv2.conv.{key}" for key in ("weight", "bias")}
     check(layer, case, names)
 
 
-@cases("selective_kernel")
-def test_selective_kernel(case):
-    config = case["config"]
-    branches = len(config.get("kernel_size", [3, 5]))
+def selective_kernel(config):
     dilation = config.get("dilation", 1)
-    layer = dynaconv.SelectiveKernelConv2d(
+    return dynaconv.SelectiveKernelConv2d(
         config["in_channels"],
         config["out_channels"],
         3,
@@ -141,10 +150,16 @@ def test_selective_kernel(case):
         dilation,
         config.get("groups", 1),
         bias=False,
-        branches=branches,
+        branches=len(config.get("kernel_size", [3, 5])),
         dilated=config.get("keep_3x3", True),
         min_hidden=config["rd_channels"],
     )
+
+
+@cases("selective_kernel")
+def test_selective_kernel(case):
+    layer = selective_kernel(case["config"])
+    branches = len(layer.convs)
     names = {f"convs.{b}.weight": f"paths.{b}.conv.weight" for b in range(branches)}
     names |= with_norm({f"norms.{b}": f"paths.{b}.bn" for b in range(branches)})
     names |= {
@@ -154,18 +169,22 @@ def test_selective_kernel(case):
     check(layer, case, names | with_norm({"squeeze.bn": "attn.bn"}))
 
 
+def deform_pack(config):
+    kind = dynaconv.ModulatedDeformConv2d if config["modulated"] else dynaconv.DeformConv2d
+    return kind(
+        config["in_channels"],
+        config["out_channels"],
+        **static(config),
+        bias=config["modulated"],
+        offset_groups=config["deform_groups"],
+    )
+
+
 @cases("deform_conv")
 def test_deform(case):
     config = case["config"]
     if "modulated" in config:
-        kind = dynaconv.ModulatedDeformConv2d if config["modulated"] else dynaconv.DeformConv2d
-        layer = kind(
-            config["in_channels"],
-            config["out_channels"],
-            **static(config),
-            bias=config["modulated"],
-            offset_groups=config["deform_groups"],
-        )
+        layer = deform_pack(config)
         names = {key.replace("conv_offset", "offset_conv"): key for key in case["state"]}
         check(layer, case, names)
         return

@@ -31,6 +31,7 @@ class Operator:
         reference: (*tensors, *settings) -> output, differentiable to any order.
         shape: (*tensors, *settings) -> the output's shape.
         flops: (*shapes of the tensors, *settings, shape of the output) -> operations.
+        register: torch.library.custom_op, or what takes the same arguments.
     """
 
     def __init__(
@@ -44,6 +45,7 @@ class Operator:
         reference: Callable[..., Tensor],
         shape: Callable[..., tuple[int, ...]],
         flops: Callable[..., int],
+        register: Callable[..., Any] = custom_op,
     ) -> None:
         self.signature = (tensors, shared, settings)
         self.count = len(tensors)
@@ -52,13 +54,13 @@ class Operator:
         self._forward, self._backward = forward, backward
         arguments = ", ".join(f"Tensor{'?' * t.endswith('?')} {t.rstrip('?')}" for t in tensors)
         schema = f"{arguments}, {settings}"
-        self.forward = custom_op(
+        self.forward = register(
             f"dynaconv::{name}",
             self._forward_kernel,
             mutates_args=(),
             schema=f"({schema}) -> Tensor",
         )
-        self.backward = custom_op(
+        self.backward = register(
             f"dynaconv::{name}_backward",
             self._backward_kernel,
             mutates_args=(),
@@ -81,10 +83,11 @@ class Operator:
         name: str,
         forward: Callable[..., Tensor],
         backward: Callable[..., list[Tensor | None]],
+        register: Callable[..., Any] = custom_op,
     ) -> "Operator":
         """The same operator computed in another way."""
         formula = (self.reference, self.shape, self.flops)
-        return Operator(name, *self.signature, forward, backward, *formula)
+        return Operator(name, *self.signature, forward, backward, *formula, register)
 
     # Kernels -------------------------------------------------------------------------------
 

@@ -414,6 +414,16 @@ class DynamicConv(nn.Module):
         keeps = self.padding == "same" or self.causal
         return tuple(size) if keeps else self.geometry().output_size(size)
 
+    def static_geometry(self, size: tuple[int, ...]) -> Geometry:
+        """Of the static convolution nearest to this layer on inputs of spatial shape `size`."""
+        return self.geometry()
+
+    @property
+    def static_groups(self) -> int:
+        """Groups of that convolution: as many as channels where the kernel mixes none."""
+        mixes_none = getattr(self, "project", self) is None
+        return self.in_channels if mixes_none else self.groups
+
     def projection(self) -> ConvNd | None:
         """A 1x1 convolution to C_out channels for a kernel that mixes none; None for as many."""
         if self.in_channels == self.out_channels:

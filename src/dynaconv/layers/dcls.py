@@ -12,6 +12,7 @@ from dynaconv.layers.base import CONVS, ConvNd, DynamicConv, at_least
 from dynaconv.layers.continuous import at_least_float32
 from dynaconv.layers.flexconv import widened
 from dynaconv.registry import register_family
+from dynaconv.shapes import Geometry
 
 # What a tap spreads over at least: the published sigma_0 of each interpolation.
 LEAST = {"linear": 1.0, "triangle": 1.0, "gauss": 0.27}
@@ -111,6 +112,9 @@ class DCLSConv(DynamicConv):
         span = positions.amax(-1) - positions.amin(-1)
         found = {"size": 1 + span.mean((1, 2)), "positions": positions.mean((1, 2)).t()}
         return {name: t.expand(x.shape[0], *t.shape) for name, t in found.items()}
+
+    def static_geometry(self, size: tuple[int, ...]) -> Geometry:
+        return self.geometry()._replace(kernel=self.extent, dilation=(1,) * self.rank)
 
     def compute(self, x: Tensor, mask: Tensor | None) -> Tensor:
         if self.training:

@@ -126,7 +126,7 @@ class ShapeConv(DynamicConv):
 
     def at_one_size(self, x: Tensor) -> Tensor:
         """The convolution of samples that all are of one size."""
-        geometry = self.geometry_at(tuple(x.shape[2:]))
+        geometry = self.static_geometry(tuple(x.shape[2:]))
         # A kernel that shrank by more than the padding leaves out what its first taps saw.
         for d, p in enumerate(geometry.padding):
             if p < 0:
@@ -136,7 +136,7 @@ class ShapeConv(DynamicConv):
         kernel = self.kernel_at(geometry.kernel)
         return conv(x, kernel, self.bias, self.stride, padding, self.dilation, self.groups)
 
-    def geometry_at(self, size: tuple[int, ...]) -> Geometry:
+    def static_geometry(self, size: tuple[int, ...]) -> Geometry:
         """Kernel and padding for an input of spatial shape `size`."""
         kernel, own = self.kernel_size_at(size), self.geometry()
         padding = own.padding
@@ -153,7 +153,9 @@ class ShapeConv(DynamicConv):
         """The primitive sees to that: the kernel is another one for each size."""
 
     def output_size(self, size: tuple[int, ...]) -> tuple[int, ...]:
-        return tuple(size) if self.padding == "same" else self.geometry_at(size).output_size(size)
+        return (
+            tuple(size) if self.padding == "same" else self.static_geometry(size).output_size(size)
+        )
 
     def output_mask(self, padding_mask: Tensor) -> Tensor:
         check_spatial_mask(padding_mask, self.rank)
@@ -194,7 +196,7 @@ class ShapeConv(DynamicConv):
     @classmethod
     def as_static(cls, arguments: dict[str, Any], size: tuple[int, ...]) -> dict[str, Any]:
         layer = cls(**arguments)
-        geometry = layer.geometry_at(size)
+        geometry = layer.static_geometry(size)
         padding = layer.padding if isinstance(layer.padding, str) else geometry.padding
         known = super().as_static(arguments, size)
         return known | {"kernel_size": geometry.kernel, "padding": padding}

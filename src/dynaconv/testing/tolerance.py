@@ -21,7 +21,7 @@ def close(actual: Tensor, expected: Tensor, what: str, tolerance: float = LAYER)
         raise AssertionError(f"{what}: shape {tuple(actual.shape)}, not {tuple(expected.shape)}")
     if not expected.numel():
         return
-    error = (actual.detach().double() - expected.detach()).abs().max().item()
+    error = (actual.detach().to(expected.device).double() - expected.detach()).abs().max().item()
     scale = expected.detach().abs().max().item()
     if not error <= tolerance * max(scale, 1e-3):
         raise AssertionError(f"{what}: off by {error:.3g} at values up to {scale:.3g}")

@@ -1,0 +1,281 @@
+"""conv_per_sample in Triton: one batched implicit matrix product.
+
+For sample n, out[i, p] = sum_{k, j} W[n, i, k, j] source[seen_at(p, k), j]; tiles of the unfolded
+source are gathered where they are multiplied, and no convolution of N groups is made. Source and
+kernels lie with the channels they share last, so that a tile is read in whole lines: a contiguous
+input is copied so, and kernels (N, C_out, C_in / groups, *K) are of more than one tap.
+"""
+
+from collections.abc import Sequence
+from math import prod
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from dynaconv.backends.eager.conv_per_sample import operator as eager
+from dynaconv.backends.operator import gradient_like, output_like
+from dynaconv.backends.triton.launch import (
+    bound,
+    constants,
+    far,
+    geometry_of,
+    launch,
+    precision,
+    register,
+    rows_of,
+    seen_at,
+    seen_from,
+    sizes_of,
+    tuned,
+    wide,
+)
+from dynaconv.shapes import Geometry
+
+# mypy: disable-error-code="no-untyped-def"
+TILES = [
+    {"ROWS": 64, "POSITIONS": 64, "INNER": 32, "stages": 4},
+    {"ROWS": 128, "POSITIONS": 64, "INNER": 64, "stages": 3},
+    {"ROWS": 128, "POSITIONS": 128, "INNER": 32, "warps": 8, "stages": 4},
+    {"ROWS": 128, "POSITIONS": 128, "INNER": 64, "warps": 8, "stages": 3},
+    {"ROWS": 64, "POSITIONS": 128, "INNER": 64, "stages": 3},
+    {"ROWS": 64, "POSITIONS": 256, "INNER": 32, "warps": 8, "stages": 3},
+    {"ROWS": 32, "POSITIONS": 64, "INNER": 64, "stages": 4},
+    {"ROWS": 16, "POSITIONS": 128, "INNER": 32, "stages": 4},
+]
+
+
+@tuned(TILES, ["rows", "inner", "K2", "EXPERTS", "BOUND"])
+@triton.jit
+def multiply(
+    out, source, weight, mixture, bias, rows, inner, groups,
+    L0, L1, L2, O0, O1, O2,
+    # steps of out along sample, channel and position; of source along sample and position; of
+    # weight along sample (or expert), group, row of the output, channel of the source and tap; of
+    # mixture along sample, expert and tap
+    ON, OC, OP, SN, SP, WN, WG, WI, WJ, WK, MN, ME, MK,
+    TRANSPOSED: tl.constexpr, EXPERTS: tl.constexpr, BIASED: tl.constexpr, BOUND: tl.constexpr,
+    PRECISION: tl.constexpr, DOUBLE: tl.constexpr, FAR: tl.constexpr,
+    K0: tl.constexpr, K1: tl.constexpr, K2: tl.constexpr,
+    S0: tl.constexpr, S1: tl.constexpr, S2: tl.constexpr,
+    P0: tl.constexpr, P1: tl.constexpr, P2: tl.constexpr,
+    D0: tl.constexpr, D1: tl.constexpr, D2: tl.constexpr,
+    ROWS: tl.constexpr, POSITIONS: tl.constexpr, INNER: tl.constexpr,
+):  # fmt: skip
+    """out[i, p] = sum_{k, j} W[i, k, j] source[seen_at(p, k), j], W one sample's kernel.
+
+    EXPERTS > 0: W = sum_e mixture[n, e, k] weight[e], mixed tile by tile. TRANSPOSED, the input's
+    gradient: source at the positions that see p by tap k. BOUND is a power of two near the number
+    of positions: what to tune for.
+    """
+    SUM: tl.constexpr = tl.float64 if DOUBLE else tl.float32
+    H1, H2, positions = O1, O2, O0 * O1 * O2
+    if TRANSPOSED:
+        H1, H2, positions = L1, L2, L0 * L1 * L2
+    program = wide(tl.program_id(0), FAR)
+    zero = program * 0  # in the width of addresses
+    blocks, parts = tl.cdiv(positions, POSITIONS), tl.cdiv(rows, ROWS)
+    p = program % blocks * POSITIONS + tl.arange(0, POSITIONS)
+    i = program // blocks % parts * ROWS + tl.arange(0, ROWS)
+    g = program // (blocks * parts) % groups
+    n = program // (blocks * parts * groups)
+    h0, h1, h2 = p // (H1 * H2), p // H2 % H1, p % H2
+    kernel = weight + g * WG + i[:, None] * WI
+    if EXPERTS == 0:
+        kernel += n * WN
+    lines = source + n * SN + g * inner
+    total = tl.zeros((ROWS, POSITIONS), SUM)
+    turns = tl.cdiv(inner, INNER)
+    for step in range(K0 * K1 * K2 * turns):
+        k, j = step // turns, step % turns * INNER + tl.arange(0, INNER)
+        used = (i < rows)[:, None] & (j < inner)[None, :]
+        tile = kernel + j[None, :] * WJ + k * WK
+        if EXPERTS == 0:
+            w = tl.load(tile, mask=used, other=0)
+        else:
+            mix = tl.zeros((ROWS, INNER), SUM)
+            for e in tl.static_range(EXPERTS):
+                share = tl.load(mixture + n * MN + e * ME + k * MK).to(SUM)
+                mix += share * tl.load(tile + (e + zero) * WN, mask=used, other=0).to(SUM)
+            w = mix.to(source.dtype.element_ty)
+        if TRANSPOSED:
+            q, inside = seen_from(
+                h0, h1, h2, k, O0, O1, O2, K0, K1, K2, S0, S1, S2, P0, P1, P2, D0, D1, D2
+            )
+        else:
+            q, inside = seen_at(
+                h0, h1, h2, k, L0, L1, L2, K0, K1, K2, S0, S1, S2, P0, P1, P2, D0, D1, D2
+            )
+        inside = (inside & (p < positions))[None, :] & (j < inner)[:, None]
+        v = tl.load(lines + q[None, :] * SP + j[:, None], mask=inside, other=0)
+        total = tl.dot(w, v, total, input_precision=PRECISION, out_dtype=total.dtype)
+    channel = g * rows + i
+    if BIASED:
+        add = tl.load(bias + n * groups * rows + channel, mask=i < rows, other=0)
+        total += add.to(SUM)[:, None]
+    target = out + n * ON + channel[:, None] * OC + p[None, :] * OP
+    used = (i < rows)[:, None] & (p < positions)[None, :]
+    tl.store(target, total.to(out.dtype.element_ty), mask=used)
+
+
+@tuned(TILES, ["rows", "inner", "K2", "BOUND"])
+@triton.jit
+def correlate(
+    out, grad, source, rows, inner, groups,
+    L0, L1, L2, O0, O1, O2,
+    # steps of out along sample, row and tap; of grad and source along sample and position
+    WN, WI, WK, ON, OP, SN, SP,
+    BOUND: tl.constexpr, PRECISION: tl.constexpr, DOUBLE: tl.constexpr, FAR: tl.constexpr,
+    K0: tl.constexpr, K1: tl.constexpr, K2: tl.constexpr,
+    S0: tl.constexpr, S1: tl.constexpr, S2: tl.constexpr,
+    P0: tl.constexpr, P1: tl.constexpr, P2: tl.constexpr,
+    D0: tl.constexpr, D1: tl.constexpr, D2: tl.constexpr,
+    ROWS: tl.constexpr, POSITIONS: tl.constexpr, INNER: tl.constexpr,
+):  # fmt: skip
+    """out[n, i, k, j] = sum_p grad[n, p, i] source[n, seen_at(p, k), j].
+
+    POSITIONS counts channels j here, and INNER positions: a tile of the result is ROWS by POSITIONS
+    as in `multiply`.
+    """
+    SUM: tl.constexpr = tl.float64 if DOUBLE else tl.float32
+    positions = O0 * O1 * O2
+    program = wide(tl.program_id(0), FAR)
+    blocks, parts = tl.cdiv(inner, POSITIONS), tl.cdiv(rows, ROWS)
+    j = program % blocks * POSITIONS + tl.arange(0, POSITIONS)
+    i = program // blocks % parts * ROWS + tl.arange(0, ROWS)
+    k = program // (blocks * parts) % (K0 * K1 * K2)
+    g = program // (blocks * parts * (K0 * K1 * K2)) % groups
+    n = program // (blocks * parts * (K0 * K1 * K2) * groups)
+    slopes = grad + n * ON + (g * rows + i)[:, None]
+    lines = source + n * SN + (g * inner + j)[None, :]
+    total = tl.zeros((ROWS, POSITIONS), SUM)
+    for first in range(0, positions, INNER):
+        p = first + tl.arange(0, INNER)
+        real = p < positions
+        slope = tl.load(slopes + p[None, :] * OP, mask=real[None, :] & (i < rows)[:, None], other=0)
+        q, inside = seen_at(
+            p // (O1 * O2), p // O2 % O1, p % O2, k,
+            L0, L1, L2, K0, K1, K2, S0, S1, S2, P0, P1, P2, D0, D1, D2,
+        )  # fmt: skip
+        inside = (inside & real)[:, None] & (j < inner)[None, :]
+        v = tl.load(lines + q[:, None] * SP, mask=inside, other=0)
+        total = tl.dot(slope, v, total, input_precision=PRECISION, out_dtype=total.dtype)
+    target = out + n * WN + (g * rows + i)[:, None] * WI + k * WK + j[None, :]
+    used = (i < rows)[:, None] & (j < inner)[None, :]
+    tl.store(target, total.to(out.dtype.element_ty), mask=used)
+
+
+def channels_last(weight: Tensor) -> Tensor:
+    """Kernels (N, C_out, C_in / groups, *K) as (N, C_out, taps, C_in / groups), in one piece."""
+    return weight.flatten(3).transpose(2, 3).contiguous()
+
+
+def channels_before_taps(kernels: Tensor, shape: Sequence[int]) -> Tensor:
+    """The inverse of `channels_last`, a view of the given shape."""
+    return kernels.transpose(2, 3).unflatten(3, tuple(shape[3:]))
+
+
+def convolve(
+    out: Tensor,
+    source: Tensor,
+    kernels: Tensor,
+    mixture: Tensor | None,
+    bias: Tensor | None,
+    sizes: list[int],
+    geometry: Geometry,
+    groups: int,
+    back: bool = False,
+) -> None:
+    """Launches `multiply`; `out` is written in place.
+
+    Args:
+        kernels: (N, C_out, taps, C_in / groups), or (E, ...) with a mixture (N, E) or (N, E, *K).
+        bias: (N, C_out).
+        sizes: of the convolution's input and output, three each.
+        back: out is the input's gradient, source that of the output.
+    """
+    planes, lines = out.flatten(2), rows_of(source)
+    count, inner = planes.shape[1] // groups, lines.shape[2] // groups
+    by_sample, by_row, by_tap, _ = kernels.stride()
+    steps = [by_sample, kernels.shape[1] // groups * by_row, by_row, 1, by_tap]
+    if back:
+        steps[2], steps[3] = steps[3], steps[2]
+    experts, shares = 0, [0, 0, 0]
+    if mixture is not None:
+        mixture = mixture.flatten(2) if mixture.dim() > 2 else mixture.unsqueeze(2)
+        experts = mixture.shape[1]
+        shares = [*mixture.stride()[:2], mixture.stride(2) if mixture.shape[2] > 1 else 0]
+
+    def grid(tile: dict[str, int]) -> tuple[int]:
+        blocks = triton.cdiv(planes.shape[2], tile["POSITIONS"])
+        return (planes.shape[0] * groups * blocks * triton.cdiv(count, tile["ROWS"]),)
+
+    launch(multiply)[grid](
+        planes, lines, kernels, kernels if mixture is None else mixture,
+        kernels if bias is None else bias.contiguous(), count, inner, groups, *sizes,
+        *planes.stride(), *lines.stride()[:2], *steps, *shares,
+        TRANSPOSED=back, EXPERTS=experts, BIASED=bias is not None, BOUND=bound(planes.shape[2]),
+        PRECISION=precision(out), DOUBLE=out.dtype == torch.float64,
+        FAR=far(planes, lines, kernels), **constants(geometry),
+    )  # fmt: skip
+
+
+def kernel_gradient(
+    grad: Tensor, input: Tensor, sizes: list[int], geometry: Geometry, groups: int
+) -> Tensor:
+    """Launches `correlate`: the gradient of the kernels, (N, C_out, taps, C_in / groups)."""
+    slopes, lines = rows_of(grad), rows_of(input)
+    batch, channels, inner = slopes.shape[0], slopes.shape[2], lines.shape[2] // groups
+    taps, count = prod(geometry.kernel), channels // groups
+    out = grad.new_empty(batch, channels, taps, inner)
+    if not out.numel():
+        return out
+
+    def grid(tile: dict[str, int]) -> tuple[int]:
+        blocks = triton.cdiv(inner, tile["POSITIONS"]) * triton.cdiv(count, tile["ROWS"])
+        return (batch * groups * taps * blocks,)
+
+    launch(correlate)[grid](
+        out, slopes, lines, count, inner, groups, *sizes,
+        *out.stride()[:3], *slopes.stride()[:2], *lines.stride()[:2],
+        BOUND=bound(slopes.shape[1]), PRECISION=precision(out), DOUBLE=out.dtype == torch.float64,
+        FAR=far(out, slopes, lines), **constants(geometry),
+    )  # fmt: skip
+    return out
+
+
+def _forward(input: Tensor, weight: Tensor, bias: Tensor | None, *settings: Any) -> Tensor:
+    output = output_like(input, eager.shape(input, weight, bias, *settings))
+    if output.numel():
+        geometry, sizes = geometry_of(weight.shape[3:], settings), sizes_of(input, output)
+        kernels = channels_last(weight)
+        convolve(output, input, kernels, None, bias, sizes, geometry, settings[3])
+    return output
+
+
+def _backward(
+    grad: Tensor, input: Tensor, weight: Tensor, bias: Tensor | None, *rest: Any
+) -> list[Tensor | None]:
+    *settings, mask = rest
+    geometry, sizes = geometry_of(weight.shape[3:], settings), sizes_of(input, grad)
+    gx = gw = None
+    if mask[0]:
+        gx = gradient_like(input)
+        if gx.numel():
+            kernels = channels_last(weight)
+            convolve(gx, grad, kernels, None, None, sizes, geometry, settings[3], back=True)
+    if mask[1]:
+        gw = kernel_gradient(grad, input, sizes, geometry, settings[3])
+        gw = channels_before_taps(gw, weight.shape)
+    return [gx, gw, grad.flatten(2).sum(2) if mask[2] else None]
+
+
+operator = eager.twin("triton_conv_per_sample", _forward, _backward, register)
+
+
+def conv_per_sample(
+    input: Tensor, weight: Tensor, bias: Tensor | None, geometry: Geometry, groups: int
+) -> Tensor:
+    return operator(input, weight, bias, *map(list, geometry[1:]), groups)

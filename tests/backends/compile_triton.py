@@ -1,0 +1,88 @@
+"""Compiles the Triton kernels for a GPU that need not be there, and says what became of them.
+
+    python -m tests.backends.compile_triton bf16 90 [--all]
+
+One line a kernel and configuration: its name, matrix products, asynchronous copies, spilled bytes.
+The first configuration only, or all.
+"""
+
+import re
+import sys
+import warnings
+
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from dynaconv.backends.triton import conv_per_position, conv_per_sample, deform_conv
+
+GEOMETRY = {f"{letter}{d}": 1 for letter in "KSD" for d in range(3)}
+GEOMETRY |= {"P0": 0, "P1": 1, "P2": 1, "K1": 3, "K2": 3}
+PLAIN = {"DOUBLE": False, "FAR": False, **GEOMETRY}
+PRODUCT = {"PRECISION": "tf32", **PLAIN}
+DEFORMED = {"RANK": 2, "MODULATED": True, **PRODUCT}
+DATA = {"INPUT": True, "OFFSET": True, "MODULATION": True}
+# Kernel, its constants, and the steps that are 1.
+CASES = [
+    (conv_per_position.by_input, {"TRANSPOSED": False, **PLAIN}, ("SP", "WP", "OP")),
+    (conv_per_position.by_input, {"TRANSPOSED": True, **PLAIN}, ("SP", "WP", "OP")),
+    (conv_per_position.by_weight, PLAIN, ("SP", "WP", "OP")),
+    *(
+        (
+            conv_per_sample.multiply,
+            {"TRANSPOSED": back, "EXPERTS": experts, "BIASED": not back, "BOUND": 64, **PRODUCT},
+            ("WI" if back else "WJ", "OP"),
+        )
+        for back in (False, True)
+        for experts in (0, 4)
+    ),
+    (conv_per_sample.correlate, {"BOUND": 64, **PRODUCT}, ()),
+    (deform_conv.forward, {"BIASED": True, **DEFORMED}, ("WC", "OP", "FP", "MP")),
+    (deform_conv.forward_depthwise, {"BIASED": True, **DEFORMED}, ("WC", "OP", "FP", "MP")),
+    *(
+        (kernel, {"DEPTHWISE": depthwise, **more, **DEFORMED}, (step, "OP", "FP", "MP"))
+        for kernel, more, step in (
+            (deform_conv.backward, DATA, "WC"),
+            (deform_conv.by_weight, {}, "XC"),
+        )
+        for depthwise in (False, True)
+    ),
+]
+POINTERS = ("out", "source", "weight", "mixture", "bias", "grad", "offset", "modulation")
+SUMS = ("by_input", "by_offsets", "by_modulation")
+
+
+def compile_one(kernel, constants, ones, config, dtype, architecture):
+    """The compiled kernel for arguments of which all but sizes are multiples of 16."""
+    function = kernel.fn
+    constants = constants | config.kwargs | dict.fromkeys(ones, 1)
+    signature, hints = {}, {}
+    for index, parameter in enumerate(function.params):
+        name = parameter.name
+        if name in constants:
+            signature[name] = "constexpr"
+            continue
+        single = name in SUMS or (name == "out" and "XS" in function.arg_names)
+        signature[name] = f"*{'fp32' if single else dtype}" if name in POINTERS + SUMS else "i32"
+        if not re.fullmatch("[LO][012]|batch|groups|parts", name):
+            hints[(index,)] = [["tt.divisibility", 16]]
+    source = ASTSource(
+        function, signature, {n: c for n, c in constants.items() if n in signature}, hints
+    )
+    options = {"num_warps": config.num_warps, "num_stages": config.num_stages}
+    return triton.compile(source, target=GPUTarget("cuda", architecture, 32), options=options)
+
+
+def main(dtype, architecture, *rest):
+    warnings.simplefilter("ignore")
+    for kernel, constants, ones in CASES:
+        for config in kernel.configs if rest else kernel.configs[:1]:
+            made = compile_one(kernel, constants, ones, config, dtype, int(architecture))
+            code = made.asm["ptx"]
+            products = len(re.findall(r"wgmma\.mma_async|mma\.sync", code))
+            copies = len(re.findall(r"cp\.async\.c", code))
+            print(kernel.fn.__name__, products, copies, flush=True)
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

@@ -1,0 +1,296 @@
+"""The Triton kernels against the reference: on a GPU, or in the interpreter where there is none."""
+
+import dataclasses
+import importlib
+from math import prod
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+import dynaconv
+from dynaconv import dispatch, functional
+from dynaconv.dispatch import Problem
+from dynaconv.shapes import Geometry
+from dynaconv.testing import TOLERANCE, close, samples
+from tests.backends.native import LAYOUTS, check, deformed_call, random_geometry
+
+pytest.importorskip("triton")
+from dynaconv.backends.triton.launch import far
+
+PRIMITIVES = ["conv_per_position", "conv_per_sample", "conv_mixture", "deform_conv"]
+every_primitive = pytest.mark.parametrize("primitive", PRIMITIVES)
+every_rank = pytest.mark.parametrize("rank", [1, 2, 3])
+GPU = torch.cuda.is_available()
+DEVICE = "cuda" if GPU else "cpu"
+# The interpreter computes in float64, and has no bfloat16.
+EXACT = torch.float32 if GPU else torch.float64
+HALF = [torch.float16, torch.bfloat16] if GPU else [torch.float16]
+# NumPy, in which the interpreter computes, warns of what inf and NaN are meant to give.
+quiet = pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning")
+pytestmark = [quiet, *([pytest.mark.gpu] if GPU else [])]
+
+
+@pytest.fixture(autouse=True)
+def _exact_products():
+    before = torch.backends.cudnn.conv.fp32_precision
+    torch.backends.cudnn.conv.fp32_precision = "ieee"
+    yield
+    torch.backends.cudnn.conv.fp32_precision = before
+
+
+def module(primitive):
+    return importlib.import_module(f"dynaconv.backends.triton.{primitive}")
+
+
+def compare(primitive, tensors, options, **choices):
+    """AssertionError unless Triton gives the reference's output and gradients."""
+    there = {name: t.to(DEVICE) for name, t in tensors.items()}
+    check(primitive, there, options, backend="triton", **choices)
+
+
+def taps(primitive, rank, tensors):
+    shape = tensors["weight"].shape
+    return prod(shape[2 : 2 + rank] if primitive == "conv_per_position" else shape[-rank:])
+
+
+@every_primitive
+@every_rank
+def test_equals_the_reference(primitive, rank, poisoned):
+    most = 9 if primitive == "deform_conv" else 27
+    calls = [
+        call
+        for call in samples(primitive, rank, EXACT, (2,))
+        if GPU or taps(primitive, rank, call[0]) <= most
+    ]
+    assert len(calls) >= 4
+    for tensors, options in calls:
+        compare(primitive, tensors, options)
+
+
+@every_primitive
+@pytest.mark.parametrize("dtype", [torch.float32, *HALF])
+def test_other_dtypes(primitive, dtype, poisoned):
+    for call in list(samples(primitive, 2, dtype, (2,)))[2:8:3]:
+        compare(primitive, *call)
+
+
+@every_primitive
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_layouts(primitive, layout):
+    for tensors, options in list(samples(primitive, 2, EXACT, (2,)))[4:6]:
+        compare(primitive, {name: LAYOUTS[layout](t) for name, t in tensors.items()}, options)
+
+
+@every_primitive
+@pytest.mark.parametrize("batch", [0, 1])
+def test_empty_and_single_batches(primitive, batch):
+    compare(primitive, *list(samples(primitive, 1, EXACT, (batch,)))[2])
+
+
+def per_sample(channels, out_channels, size, kernel, batch=2, **options):
+    tensors = {
+        "input": torch.randn(batch, channels, *size, dtype=EXACT),
+        "weight": torch.randn(batch, out_channels, channels, *kernel, dtype=EXACT),
+        "bias": torch.randn(batch, out_channels, dtype=EXACT),
+    }
+    return tensors, options
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        per_sample(70, 3, (5,), (1,)),  # channels, in tiles of 64
+        per_sample(3, 130, (5,), (1,)),
+        per_sample(3, 2, (150,), (3,)),
+        per_sample(5, 3, (9, 16), (2, 2), stride=2),
+    ],
+)
+def test_per_sample_over_the_edges_of_tiles(call):
+    tensors, options = call
+    compare("conv_per_sample", tensors, options)
+    experts = tensors.pop("weight").transpose(0, 1)[:, :1].transpose(0, 1)
+    tensors |= {
+        "weight": torch.cat([experts, -2 * experts, experts + 1]),
+        "coefficients": torch.randn(2, 3, dtype=EXACT),
+        "bias": tensors["bias"][0],
+    }
+    compare("conv_mixture", tensors, options)
+
+
+@pytest.mark.parametrize(("channels", "size"), [(40, (5,)), (6, (150,)), (2, (9, 16))])
+def test_per_position_over_the_edges_of_tiles(channels, size):
+    tensors = {
+        "input": torch.randn(2, channels, *size, dtype=EXACT),
+        "weight": torch.randn(2, 2, *[3] * len(size), *size, dtype=EXACT),
+    }
+    compare("conv_per_position", tensors, {"padding": 1})
+
+
+DEFORMED = {
+    "wide": {"channels": 70, "out_channels": 3, "size": (5,)},
+    "tall": {"channels": 3, "out_channels": 140, "size": (5,)},
+    "long": {"channels": 3, "out_channels": 2, "size": (90,)},
+    "depthwise": {"channels": 40, "out_channels": 40, "size": (5, 4), "groups": 40}
+    | {"offset_groups": 4},
+    "multiplied": {"channels": 6, "out_channels": 18, "size": (5, 4), "groups": 6},
+    "uneven": {"channels": 12, "out_channels": 6, "size": (4,), "groups": 3, "offset_groups": 4},
+    "uneven the other way": {"channels": 12, "out_channels": 8, "size": (4,), "groups": 4}
+    | {"offset_groups": 3},
+}
+
+
+@pytest.mark.parametrize("case", DEFORMED)
+@pytest.mark.parametrize("parts", [1, 3])
+def test_deform_conv_with_many_channels_groups_and_parts(case, parts, monkeypatch):
+    kernels = module("deform_conv")
+    monkeypatch.setattr(kernels, "EACH", 1 if parts > 1 else 10**6)
+    monkeypatch.setattr(kernels, "BUSY", 10**6 if parts > 1 else 1)
+    monkeypatch.setattr(kernels, "MOST", parts)
+    compare(
+        "deform_conv",
+        *deformed_call(**DEFORMED[case], kernel=(2,) * len(DEFORMED[case]["size"]), dtype=EXACT),
+    )
+
+
+@pytest.mark.parametrize("tile", [0, 10**6])
+@pytest.mark.parametrize("by_tap", [False, True])
+def test_mixtures_mixed_before_and_where_they_are_used(tile, by_tap, monkeypatch):
+    monkeypatch.setattr(module("conv_mixture"), "TILE", tile)
+    for tensors, options in list(samples("conv_mixture", 2, EXACT, (2,)))[2:6]:
+        if (tensors["coefficients"].dim() > 2) == by_tap:
+            compare("conv_mixture", tensors, options)
+
+
+def random_per_position(size, kernel, options):
+    output = Geometry(kernel, *options.values()).output_size(size)
+    tensors = {
+        "input": torch.randn(2, 6, *size, dtype=EXACT),
+        "weight": torch.randn(2, 3, *kernel, *output, dtype=EXACT),
+    }
+    return tensors, options
+
+
+def random_mixture(size, kernel, options):
+    tensors, options = per_sample(2, 3, size, kernel, **options)
+    coefficients = torch.randn(2, 2, dtype=EXACT)
+    return tensors | {"bias": torch.randn(2, 3, dtype=EXACT), "coefficients": coefficients}, options
+
+
+RANDOM = {
+    "conv_per_position": random_per_position,
+    "conv_per_sample": lambda size, kernel, options: per_sample(2, 3, size, kernel, **options),
+    "conv_mixture": random_mixture,
+    "deform_conv": lambda size, kernel, options: deformed_call(
+        4, 6, size, kernel, groups=2, dtype=EXACT, **options
+    ),
+}
+
+
+@settings(
+    max_examples=12, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
+@given(st.data())
+@every_primitive
+def test_random_calls(primitive, data):
+    size, kernel, options = random_geometry(lambda strategy: data.draw(strategy))
+    if not GPU and prod(kernel) > 9:
+        kernel = tuple(min(k, 2) for k in kernel)
+    tensors, options = RANDOM[primitive](size, kernel, options)
+    compare(primitive, tensors, options)
+
+
+def test_offsets_far_outside_read_zero():
+    x, w = torch.randn(1, 2, 5, 5), torch.ones(1, 2, 1, 1)
+    for value in (float("inf"), -float("inf"), 1e6, -1e6):
+        offset = torch.full((1, 2, 5, 5), value)
+        with dynaconv.backend("triton"):
+            output = functional.deform_conv(*(t.to(DEVICE) for t in (x, offset, w)))
+        assert output.abs().max() == 0
+
+
+def test_nan_is_not_hidden():
+    x, w = torch.randn(1, 2, 5, 5), torch.ones(1, 2, 1, 1)
+    offset = torch.zeros(1, 2, 5, 5)
+    offset[0, 0, 2, 3] = float("nan")
+    with dynaconv.backend("triton"):
+        output = functional.deform_conv(*(t.to(DEVICE) for t in (x, offset, w)))
+    assert output.isnan().nonzero().tolist() == [[0, 0, 2, 3]]
+
+
+FAR_STEP = 2**30 + 8
+
+
+def far_apart(tensor, fill=0.0):
+    """The tensor's samples so far apart that 32 bits do not reach the third; memory untouched."""
+    memory = torch.empty(2 * FAR_STEP + tensor[0].numel(), dtype=tensor.dtype, device=DEVICE)
+    steps = (FAR_STEP, *tensor[:1].contiguous().stride()[1:])
+    apart = memory.as_strided(tensor.shape, steps)
+    return apart.copy_(tensor)
+
+
+def probe(primitive):
+    """Three samples of one element: what comes out is small whole numbers."""
+    x = torch.tensor([1.0, 2.0, 3.0], dtype=torch.float16).reshape(3, 1, 1)
+    one = torch.ones(3, 1, 1, 1, dtype=torch.float16)
+    others = {
+        "conv_per_position": {"weight": one},
+        "conv_per_sample": {"weight": one},
+        "conv_mixture": {"weight": one[:1], "coefficients": one[:, 0, 0]},
+        "deform_conv": {"weight": one[0], "offset": torch.zeros(3, 1, 1)},
+    }
+    return {"input": x, **others[primitive]}, {}
+
+
+@pytest.mark.skipif(GPU, reason="the interpreter shows it without so much memory")
+@every_primitive
+def test_addresses_beyond_32_bits(primitive):
+    """With 32 bits the third sample lies outside of the memory: the process ends."""
+    tensors, options = probe(primitive)
+    apart = tensors | {"input": far_apart(tensors["input"])}
+    assert far(apart["input"])
+    assert not far(tensors["input"])
+    with dynaconv.backend("triton"):
+        output = getattr(functional, primitive)(**apart, **options)
+    assert torch.equal(output, tensors["input"])  # every kernel here is one tap of 1
+
+
+def test_the_choice_needs_no_gpu():
+    problem = Problem(
+        "deform_conv", 2, (("input", (2, 4, 5, 5)),), torch.float16, "cuda", False, True,
+        exporting=False, transformed=False,
+    )  # fmt: skip
+    assert "triton: chosen" in dispatch.report(problem)
+    for change, reason in (
+        ({"device": "cpu"}, "for GPUs"),
+        ({"exporting": True}, "torch.export"),
+        ({"transformed": True}, "torch.func"),
+        ({"primitive": "conv"}, "has no conv"),
+    ):
+        told = dispatch.report(dataclasses.replace(problem, **change))
+        assert f"triton: {reason}" in told
+    torch.use_deterministic_algorithms(True)
+    try:
+        assert "triton: adds up gradients" in dispatch.report(problem)
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
+@every_primitive
+def test_double_backward(primitive):
+    for tensors, options in list(samples(primitive, 1, EXACT, (2,)))[2:3]:
+        leaves = [t.to(DEVICE).requires_grad_() for t in tensors.values()]
+        call = lambda *ts, names=tuple(tensors), kept=options: getattr(functional, primitive)(
+            **dict(zip(names, ts, strict=True)), **kept
+        )
+        seconds = {}
+        for name in ("triton", "reference"):
+            with dynaconv.backend(name):
+                gradients = torch.autograd.grad(
+                    call(*leaves).sin().sum(), leaves, create_graph=True
+                )
+                total = sum(g.square().sum() for g in gradients)
+                seconds[name] = torch.autograd.grad(total, leaves)
+        for a, b in zip(seconds["triton"], seconds["reference"], strict=True):
+            close(a, b, f"second gradient of {primitive}", 10 * TOLERANCE[EXACT])

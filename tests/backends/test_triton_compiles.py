@@ -1,0 +1,52 @@
+"""The Triton kernels through Triton's own compiler, for GPUs that need not be there."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("triton")
+ROOT = Path(__file__).parents[2]
+# Kernels, in the order of compile_triton, that multiply matrices.
+PRODUCTS = {"multiply", "correlate", "forward", "backward", "by_weight"}
+
+
+def printed(script, *arguments):
+    """The lines of a script beside this one, as words, from a process without the interpreter."""
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    command = [sys.executable, "-m", f"tests.backends.{script}", *arguments]
+    done = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "exception" not in done.stderr, done.stderr[-3000:]
+    return [line.split() for line in done.stdout.splitlines()]
+
+
+def compiled(*arguments):
+    """What compile_triton prints: kernel, matrix products, asynchronous copies."""
+    lines = printed("compile_triton", *arguments)
+    return [(name, int(products), int(copies)) for name, products, copies in lines]
+
+
+def test_kernels_compile_to_matrix_products_and_pipelined_copies():
+    lines = compiled("bf16", "90")
+    assert len(lines) == 14
+    for name, products, copies in lines:
+        if name in PRODUCTS and products:
+            assert copies, f"{name} waits for each tile"
+    assert {name for name, products, _ in lines if products} == PRODUCTS
+
+
+def test_operators_are_open_to_torch_compile():
+    kernels = {name: int(count) for name, count in printed("trace_triton")}
+    assert kernels == {
+        "conv_per_position": 3, "conv_per_sample": 3, "conv_mixture": 3, "deform_conv": 3,
+    }  # fmt: skip
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("architecture", ["80", "90", "100"])
+@pytest.mark.parametrize("dtype", ["fp32", "bf16", "fp16"])
+def test_every_configuration_compiles(dtype, architecture):
+    assert len(compiled(dtype, architecture, "--all")) > 60

@@ -1,0 +1,66 @@
+"""benchmarks/gpu.py: its page is that of the results, and its cases compute what they say."""
+
+import importlib
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).parent.parent
+SMALL = {
+    "conv_per_position": {1: [(1, 4, 9, 3, 2)], 2: [(1, 4, 5, 3, 2)], 3: [(1, 4, 4, 3, 2)]},
+    "conv_per_sample": {1: [(1, 4, 9, 3)], 2: [(1, 4, 5, 3)]},
+    "conv_mixture": {1: [(1, 4, 9, 3)], 2: [(1, 4, 5, 3)]},
+    "deform_conv": {1: [(1, 4, 9)], 2: [(1, 4, 5)], 3: [(1, 4, (3, 4, 5))]},
+}
+
+
+@pytest.fixture
+def gpu(monkeypatch):
+    """The script, on small cases, with a clock that needs no GPU."""
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    script = importlib.import_module("gpu")
+    for name, cases in SMALL.items():
+        monkeypatch.setattr(getattr(script, name), "CASES", cases)
+    monkeypatch.setattr(script, "EIGHT", 2)
+    monkeypatch.setattr(script, "ROUNDS", 2)
+    monkeypatch.setattr(script, "milliseconds", lambda call, device: (call(), 2.0)[1])
+    monkeypatch.setattr(script, "memory", lambda call, device: (call(), 3.0)[1])
+    monkeypatch.setattr(script, "rates", lambda dtype, device: (1e9, 1e12))
+    monkeypatch.setattr(torch, "compile", lambda function: function)
+    return script
+
+
+def test_the_page_is_that_of_the_results(gpu):
+    assert (ROOT / "docs" / "gpu.md").read_text(encoding="utf-8") == gpu.page()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_every_case_runs(gpu, dtype):
+    tables = [table for primitive in gpu.PRIMITIVES for table in primitive(dtype, "cpu")]
+    assert len(tables) == 10
+    for table in tables:
+        names = [row.name for row in table.rows]
+        assert names[:3] == ["dynaconv", "floor", "dynaconv, eager"]
+        assert all(row.forward > 0 and row.both >= row.forward for row in table.rows)
+
+
+def test_a_wrong_contender_stops_it(gpu, monkeypatch):
+    right = gpu.conv_per_position.unfolded
+    monkeypatch.setattr(gpu.conv_per_position, "unfolded", lambda *a: 1.1 * right(*a))
+    with pytest.raises(AssertionError, match="unfold is off by"):
+        list(gpu.per_position(torch.float32, "cpu"))
+
+
+def test_results_become_a_page(gpu, monkeypatch, tmp_path):
+    monkeypatch.setattr(gpu, "RESULTS", tmp_path)
+    rows = [{"name": "dynaconv", "forward": 2.0, "both": 4.0, "memory": 1.0}]
+    rows.append({"name": "floor", "forward": 1.0, "both": 1.0, "memory": 0.5})
+    content = {"device": "Some GPU", "commit": "abc", "torch": "2.11", "triton": "3.6"}
+    content["tables"] = [{"title": "a case", "dtype": "bfloat16", "rows": rows}]
+    gpu.write(tmp_path / "Some-GPU.json", json.dumps(content))
+    page = gpu.page()
+    assert "## Some GPU" in page
+    assert "| floor | 1.000 | 0.50 | 1.000 | 0.25 | 0.5 |" in page
+    assert "No run on a GPU" not in page
