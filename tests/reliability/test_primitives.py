@@ -32,13 +32,13 @@ def laid_out(data, call):
     return Call(call.name, tensors, call.settings), dtype
 
 
-def check_result(name, result, expected, dtype):
+def check_result(name, result, expected, dtype, coarsest):
     assert result.shape == expected.shape, f"{name}: {result.shape}, expected {expected.shape}"
     assert result.dtype == dtype, f"{name}: {result.dtype}, expected {dtype}"
     if not result.numel():
         return
     error = (result.detach().double() - expected).abs().max() / expected.abs().max().clamp(min=1e-3)
-    assert error <= 10 * TOLERANCE[dtype], f"{name} in {dtype} is off by {error:.3g}"
+    assert error <= 10 * TOLERANCE[coarsest], f"{name} in {dtype} is off by {error:.3g}"
 
 
 def run(data, name, backend):
@@ -57,7 +57,10 @@ def run(data, name, backend):
     if not torch.is_tensor(result) or result.is_meta:
         return
     dtype = next(t.dtype for t in call.tensors.values() if torch.is_tensor(t))
-    check_result(name, result, plain(call), dtype)
+    # A size in float32 makes a mask of that precision.
+    size = call.settings.get("size")
+    coarse = torch.is_tensor(size) and size.dtype == torch.float32 and dtype == torch.float64
+    check_result(name, result, plain(call), dtype, torch.float32 if coarse else dtype)
     count(f"{name} on {backend}", "checked")
     check_gradients(call, result)
 
