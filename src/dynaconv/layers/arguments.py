@@ -81,6 +81,8 @@ def check_options(cls: type, build: Callable, options: dict[str, Any]) -> None:
 def fits(value: Any, kind: Any, largest: int = LARGEST) -> bool:
     """Whether `value` is of the annotated `kind`; bools are no numbers, and those are finite."""
     origin = get_origin(kind) or kind
+    if origin is Any:
+        return True
     if origin in (int, float):
         if isinstance(value, bool) or not isinstance(value, int | float):
             return False

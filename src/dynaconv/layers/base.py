@@ -113,7 +113,7 @@ class DynamicConv(nn.Module):
             causality_of.check(self)
         self.register_parameter("bias", None)
         sizes = {"in_channels": in_channels, "out_channels": out_channels}
-        with room_for(**sizes, kernel_size=kernel_size, **options):
+        with room_for(**sizes, kernel_size=kernel_size, stride=stride, **options):
             if bias:
                 self.bias = nn.Parameter(self.initial_bias((out_channels,)))
             self.build(**options)
