@@ -192,6 +192,8 @@ def check(name, arguments, result):
         assert set(found) == set(arguments["model"].parameters())
 
 
+# With checks and tests of their own; not drawn here yet.
+LATER = {"freeze", "load_published"}
 TRIALS = {"catalogue": (1, 10)}
 
 
@@ -218,7 +220,7 @@ def test_many(name):
 
 def test_every_public_tool_is_here():
     """A function that is added to the package has to be added here."""
-    others = {"families", "collect_costs", "Padded"}
+    others = {"families", "collect_costs", "Padded"} | LATER
     public = {
         name
         for name in dynaconv.__all__

@@ -21,7 +21,7 @@ MEMORY = (
 )
 
 # Numbers from there on overflow in float32.
-LIMIT = 1e30
+LIMIT = 1e38
 
 
 def check_input(name: str, input: Tensor, **others: Tensor | None) -> int:
