@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvTransposeNd
 from torch.utils.flop_counter import FlopCounterMode
 
+from dynaconv.functional._checks import check_module
 from dynaconv.layers.base import ConvNd, DynamicConv
 from dynaconv.layers.upsampler import Upsampler
 
@@ -77,6 +78,7 @@ def analyze(model: nn.Module, *inputs: Tensor, **kwargs: Any) -> Analysis:
 
         print(dynaconv.analyze(model, torch.randn(1, 3, 224, 224)))
     """
+    check_module("analyze", model=model)
     layers = {
         name: module
         for name, module in model.named_modules()

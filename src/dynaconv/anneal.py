@@ -2,8 +2,9 @@
 
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
+from dynaconv.functional._checks import check_finite, check_module
 from dynaconv.layers.base import DynamicConv
 
 
@@ -25,6 +26,10 @@ def anneal(
     Raises:
         ValueError: a negative progress, or a temperature below 0, or of 0 for a softmax.
     """
+    check_module("anneal", model=model)
+    check_finite("anneal", progress=progress)
+    given = {"start": start, "end": end}
+    check_finite("anneal", **{name: t for name, t in given.items() if t is not None})
     if not progress >= 0:
         raise ValueError(f"progress={progress} must be at least 0")
     layers = [m for m in model.modules() if isinstance(m, DynamicConv)]
@@ -47,6 +52,13 @@ def parameter_groups(model: nn.Module, lr: float) -> list[dict[str, Any]]:
 
     Offset branches of deformable layers, for instance, train at a tenth of the rate.
     """
+    check_module("parameter_groups", model=model)
+    if not isinstance(lr, Tensor):
+        check_finite("parameter_groups", lr=lr)
+    elif lr.numel() != 1 or not lr.is_floating_point():
+        raise TypeError(f"parameter_groups: lr={lr!r} must be a number")
+    if not lr >= 0:
+        raise ValueError(f"parameter_groups: lr={lr} must be at least 0")
     factors: dict[nn.Parameter, float] = {}
     for module in model.modules():
         if isinstance(module, DynamicConv):

@@ -5,11 +5,13 @@ from dataclasses import dataclass
 
 import torch
 from torch import nn
+from torch.nn.parameter import is_lazy
 
 from dynaconv.analyze import analyze
 from dynaconv.layers.base import ConvNd
 from dynaconv.layers.transposed import CONV_TRANSPOSES
 from dynaconv.registry import Family, families
+from dynaconv.shapes import ntuple
 
 INTRODUCTION = """# Families
 
@@ -60,9 +62,11 @@ def catalogue(conv: ConvNd | None = None, size: Sequence[int] | int = 56) -> lis
         size: spatial shape of the input. Up-samplers are compared with nn.ConvTransposeNd of
             kernel and stride 2 on an input of this size.
     """
-    conv = conv or nn.Conv2d(64, 64, 3, padding=1)
+    conv = nn.Conv2d(64, 64, 3, padding=1) if conv is None else conv
+    if not isinstance(conv, nn.Conv1d | nn.Conv2d | nn.Conv3d) or is_lazy(conv.weight):
+        raise TypeError(f"catalogue: conv={conv!r} must be an nn.Conv1d, nn.Conv2d or nn.Conv3d")
     rank = conv.weight.dim() - 2
-    shape = (size,) * rank if isinstance(size, int) else tuple(size)
+    shape = ntuple(size, rank, "size")
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)  # what gates let through depends on weights and input
         x = torch.randn(1, conv.in_channels, *shape, dtype=conv.weight.dtype)

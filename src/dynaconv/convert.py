@@ -12,12 +12,13 @@ from torch.nn.parameter import is_lazy
 from torch.nn.utils import parametrize
 
 from dynaconv import padded
+from dynaconv.functional._checks import check_bool, check_count, check_list, check_module
 from dynaconv.layers.base import ConvNd, DynamicConv
 from dynaconv.modules import count_parameters, put
 from dynaconv.registry import Family, family
 from dynaconv.shapes import IntOrTuple, ntuple
 
-Where = Callable[[str, ConvNd], bool]
+Where = Callable[[str, Any], bool]
 HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 
@@ -78,8 +79,9 @@ def convert(
         ValueError: no such family, or not one convolution was converted; the text says why.
         TypeError: an option that the family does not have.
     """
-    target = family(to)
-    chosen = select(name=where) if isinstance(where, str) else where or (lambda name, module: True)
+    check_module("convert", model=model)
+    check_bool("convert", inplace=inplace, exact=exact)
+    target, chosen = family(to), chooser("convert", where)
     model = model if inplace else copy.deepcopy(model)
     report = Report(to)
     before = count_parameters(model)
@@ -121,8 +123,11 @@ def select(
         stage: one part of the dotted name, or several: "layer4" fits "backbone.layer4.0.conv1".
         min_channels: at least so many input and output channels.
     """
-    pattern = re.compile(name or "")
-    stages = {stage} if isinstance(stage, str) else set(stage or ())
+    pattern = _pattern(name, "select: name")
+    _check_conditions(kernel_size, type)
+    check_count("select", min_channels=min_channels)
+    stages = [] if stage is None else [stage] if isinstance(stage, str) else stage
+    names = set(check_list("select", str, "texts", stage=stages))
 
     def where(dotted: str, module: ConvNd) -> bool:
         kernel = module.kernel_size
@@ -130,10 +135,42 @@ def select(
             pattern.search(dotted)
             and (kernel_size is None or kernel == ntuple(kernel_size, len(kernel), "kernel_size"))
             and (type is None or isinstance(module, type))
-            and (not stages or stages & set(dotted.split(".")))
+            and (not names or names & set(dotted.split(".")))
             and min(module.in_channels, module.out_channels) >= min_channels
         )
 
+    return where
+
+
+def _pattern(given: str | None, what: str) -> re.Pattern[str]:
+    if not isinstance(given, str | None):
+        raise TypeError(f"{what}={given!r} must be a text")
+    try:
+        return re.compile(given or "")
+    except (re.error, OverflowError, RecursionError) as error:
+        raise ValueError(f"{what}={given!r} is no regular expression: {error}") from None
+
+
+def _check_conditions(kernel_size: Any, kind: Any) -> None:
+    if kernel_size is not None:
+        rank = len(kernel_size) if isinstance(kernel_size, Sequence) else 1
+        if not 1 <= rank <= 3:
+            raise ValueError(f"select: kernel_size={kernel_size!r} must have 1 to 3 entries")
+        ntuple(kernel_size, rank, "select: kernel_size")
+    kinds = kind if isinstance(kind, tuple) else (kind,)
+    if kind is not None and not all(isinstance(one, type) for one in kinds):
+        raise TypeError(f"select: type={kind!r} must be a class, or several")
+
+
+def chooser(name: str, where: Where | str | None) -> Where:
+    """`where` as a function; a text is a regular expression searched in the dotted name."""
+    if where is None:
+        return lambda dotted, module: True
+    if isinstance(where, str):
+        pattern = _pattern(where, f"{name}: where")
+        return lambda dotted, module: bool(pattern.search(dotted))
+    if not callable(where):
+        raise TypeError(f"{name}: where={where!r} must be a function, a regular expression or None")
     return where
 
 

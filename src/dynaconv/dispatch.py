@@ -77,7 +77,7 @@ def backend(name: str) -> Iterator[None]:
     >>> with dynaconv.backend("reference"):
     ...     y = layer(x)
     """
-    if name not in backends():
+    if not isinstance(name, str) or name not in backends():
         raise ValueError(f"backend {name!r} does not exist; there are {backends()}")
     _forced.append(name)
     try:
@@ -164,6 +164,8 @@ def explain(call: Callable, *args: Any, **kwargs: Any) -> str:
 
     >>> print(dynaconv.explain(dynaconv.functional.conv_per_sample, x, weight))
     """
+    if not callable(call):
+        raise TypeError(f"explain: call={call!r} must be a primitive, a layer or a model")
     problems: list[Problem] = []
     _watched.append(problems)
     try:

@@ -1,4 +1,4 @@
-"""Files written whole or not at all."""
+"""Files written whole or not at all, and what a killed run leaves of them."""
 
 import os
 import uuid
@@ -20,3 +20,10 @@ def whole(path: Path | str) -> Iterator[Path]:
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def clear_temporaries(path: Path | str) -> None:
+    """Removes what runs that were killed while they wrote `path` have left beside it."""
+    path = Path(path)
+    for left in path.parent.glob(f".{path.stem}.{'[0-9a-f]' * 32}{path.suffix}"):
+        left.unlink(missing_ok=True)

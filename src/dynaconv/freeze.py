@@ -117,7 +117,7 @@ def _studies(model: nn.Module, where: Where | str | None) -> dict[str, Study]:
     found: dict[str, Study] = {}
     made: dict[DynamicConv, Study] = {}
     for name, layer in dynamic_layers(model):
-        if chosen(name, layer):  # type: ignore[arg-type]
+        if chosen(name, layer):
             study = found[name] = made.setdefault(layer, Study(layer))
             parent = model.get_submodule(name.rpartition(".")[0]) if name else None
             study.in_sequences &= isinstance(parent, nn.Sequential)

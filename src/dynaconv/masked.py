@@ -17,6 +17,7 @@ from torch.nn.modules import conv, dropout, instancenorm, padding, pooling
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from dynaconv import masking
+from dynaconv.functional._checks import check_tensors
 from dynaconv.layers.attention import SafeBatchNorm, masked_batch_norm
 from dynaconv.layers.base import ConvNd, DynamicConv
 from dynaconv.masking import Padded, each_size, masked_mean
@@ -61,6 +62,11 @@ class MaskedSequential(nn.Sequential):
     """
 
     def forward(self, input: Tensor, padding_mask: Tensor | None = None) -> Padded:
+        check_tensors("MaskedSequential", input=input)
+        if input.dim() < 3:
+            raise ValueError(
+                f"MaskedSequential: input has shape {tuple(input.shape)}; give (N, C, *L)"
+            )
         if padding_mask is not None:
             masking.check_mask(padding_mask, input)
         x, mask = apply(nn.Sequential(*self), input, padding_mask)

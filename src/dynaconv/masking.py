@@ -11,6 +11,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from dynaconv.functional._checks import (
+    check_alike,
+    check_amount,
+    check_count,
+    check_finite,
+    check_list,
+    check_output,
+    check_tensors,
+)
 from dynaconv.shapes import Geometry
 
 
@@ -33,22 +42,37 @@ def pad_batch(samples: Sequence[Tensor], value: float = 0, multiple: int = 1) ->
     >>> data.shape, mask.int().tolist()
     (torch.Size([2, 2, 3]), [[1, 1, 1], [1, 0, 0]])
     """
+    check_list("pad_batch", Tensor, "tensors", samples=samples)
+    check_finite("pad_batch", value=value)
+    check_count("pad_batch", 1, multiple=multiple)
     if not samples:
         raise ValueError("pad_batch: there are no samples")
     first = samples[0]
+    check_tensors("pad_batch", **{f"samples[{i}]": s for i, s in enumerate(samples)})
+    if first.dim() < 2:
+        raise ValueError(f"pad_batch: samples have shape {tuple(first.shape)}; give (C, *L)")
+    check_alike("pad_batch", first, **{f"samples[{i}]": s for i, s in enumerate(samples)})
     if any(s.dim() != first.dim() or s.shape[0] != first.shape[0] for s in samples):
         given = sorted({tuple(s.shape) for s in samples})
         raise ValueError(f"pad_batch: samples differ in more than size: {given}; give (C, *L)")
     sizes = torch.tensor([s.shape[1:] for s in samples], device=first.device)
     shape = [-(-n // multiple) * multiple for n in sizes.amax(0).tolist()]
+    check_amount("pad_batch: multiple", first, len(samples), tuple(shape))
     filled = torch.stack([fill_up(s, shape, value) for s in samples])
     return Padded(filled, mask_from_sizes(sizes, shape))
 
 
 def unpad_batch(data: Tensor, mask: Tensor | None) -> list[Tensor]:
     """The samples (C, *L) of a batch, each of its own size: the inverse of `pad_batch`."""
+    check_tensors("unpad_batch", data=data)
+    if data.dim() < 2:
+        raise ValueError(f"unpad_batch: data has shape {tuple(data.shape)}; give (N, C, *L)")
     if mask is None:
         return list(data)
+    check_spatial_mask(mask, data.dim() - 2)
+    check_mask(mask, data)
+    if mask.is_meta:
+        raise ValueError("unpad_batch: mask is on meta, where it has no values; give a real one")
     return [crop(d, n) for d, n in zip(data, sizes_from_mask(mask).tolist(), strict=True)]
 
 
@@ -75,6 +99,8 @@ def each_size(function: Callable[[Tensor], Tensor], x: Tensor, mask: Tensor) -> 
         function(crop(x[i], n)) if all(n) else None
         for i, n in zip(groups, sizes.tolist(), strict=True)
     ]
+    if all(o is None for o in real):
+        raise ValueError("padding_mask has no real position in any sample; give at least one")
     channels = next(o.shape[1] for o in real if o is not None)
     empty = lambda index: x.new_zeros(index.shape[0], channels, *[0] * sizes.shape[1])
     outputs = [empty(i) if o is None else o for i, o in zip(groups, real, strict=True)]
@@ -96,8 +122,11 @@ def mask_from_sizes(sizes: Tensor | Sequence, shape: Sequence[int]) -> Tensor:
     >>> mask_from_sizes([1, 3], (4,)).int().tolist()
     [[1, 0, 0, 0], [1, 1, 1, 0]]
     """
-    sizes = torch.as_tensor(sizes)
-    sizes = sizes.unsqueeze(1) if sizes.dim() == 1 else sizes
+    check_list("mask_from_sizes", int | torch.SymInt, "ints", shape=shape)
+    for d, length in enumerate(shape):
+        check_count("mask_from_sizes", **{f"shape[{d}]": length})
+    sizes = _sizes(sizes)
+    check_amount("mask_from_sizes", sizes, 1, tuple(shape))
     if sizes.shape[1] != len(shape):
         raise ValueError(f"sizes have {sizes.shape[1]} dimensions, shape has {len(shape)}")
     mask = torch.ones(sizes.shape[0], *shape, dtype=torch.bool, device=sizes.device)
@@ -106,6 +135,23 @@ def mask_from_sizes(sizes: Tensor | Sequence, shape: Sequence[int]) -> Tensor:
         index = torch.arange(length, device=sizes.device).reshape(1, *along)
         mask = mask & (index < sizes[:, d].reshape(-1, *[1] * len(shape)))
     return mask
+
+
+def _sizes(sizes: Tensor | Sequence) -> Tensor:
+    """As a tensor (N, D)."""
+    try:
+        made = torch.as_tensor(sizes)
+    except (RuntimeError, TypeError, ValueError, OverflowError) as error:
+        raise TypeError(f"mask_from_sizes: sizes={sizes!r} are no whole numbers: {error}") from None
+    check_tensors("mask_from_sizes", sizes=made)
+    whole = not (made.is_floating_point() or made.is_complex() or made.dtype == torch.bool)
+    if made.numel() and not whole:
+        raise TypeError(f"mask_from_sizes: sizes have dtype {made.dtype}; give whole numbers")
+    if made.dim() not in (1, 2):
+        raise ValueError(
+            f"mask_from_sizes: sizes have shape {tuple(made.shape)}; give (N,) or (N, D)"
+        )
+    return made.unsqueeze(1) if made.dim() == 1 else made
 
 
 def sizes_from_mask(mask: Tensor) -> Tensor:
@@ -128,7 +174,8 @@ def output_mask(mask: Tensor, geometry: Geometry) -> Tensor:
         return mask
     sizes = sizes_from_mask(mask)
     columns = geometry.output_size(sizes.unbind(1))  # type: ignore[arg-type]
-    shape = geometry.output_size(mask.shape[1:])
+    shape = check_output("output_mask", tuple(mask.shape[1:]), geometry)
+    check_amount("output_mask", mask, 1, shape)
     return mask_from_sizes(torch.stack(columns, 1).clamp(min=0), shape)  # type: ignore[arg-type]
 
 
@@ -166,8 +213,20 @@ def masked_detail(x: Tensor, mask: Tensor | None) -> Tensor:
     return total / count.clamp(min=1)
 
 
+def check_spatial_mask(mask: Tensor, rank: int) -> None:
+    """ValueError or TypeError unless `mask` is (N, *L) bool with `rank` sizes in L."""
+    check_tensors("output_mask", padding_mask=mask)
+    if mask.dim() != rank + 1:
+        raise ValueError(
+            f"padding_mask has shape {tuple(mask.shape)}; give (N, *L) with {rank} sizes in L"
+        )
+    if mask.dtype != torch.bool:
+        raise TypeError(f"padding_mask has dtype {mask.dtype}; give bool, True where real")
+
+
 def check_mask(mask: Tensor, input: Tensor) -> None:
     """ValueError or TypeError unless `mask` is (N, *L) bool on the device of input (N, C, *L)."""
+    check_tensors("check_mask", padding_mask=mask)
     wanted = (input.shape[0], *input.shape[2:])
     if mask.shape != wanted:
         raise ValueError(f"padding_mask has shape {tuple(mask.shape)}; give {tuple(wanted)}")

@@ -55,6 +55,15 @@ def register_family(
             `convolve_static`, `convolve_mixture`, `convolve_samples` or `convolve_deformed`.
     """
 
+    texts = {"name": name, "primitive": primitive, "paper": paper}
+    for what, text in texts.items():
+        if not isinstance(text, str):
+            raise TypeError(f"register_family: {what}={text!r} must be a text")
+    if not isinstance(ranks, tuple) or not ranks or not set(ranks) <= {1, 2, 3}:
+        raise ValueError(f"register_family: ranks={ranks!r} must be a tuple of 1, 2 or 3")
+    if not isinstance(transposed, bool):
+        raise TypeError(f"register_family: transposed={transposed!r} must be True or False")
+
     def enrol(cls: type["DynamicConv"]) -> type["DynamicConv"]:
         if name in _families:
             raise ValueError(f"family {name!r} is registered already, by {_families[name]}")
@@ -120,6 +129,6 @@ def names() -> list[str]:
 def family(name: str) -> Family:
     """The family called `name`. ValueError lists the names there are."""
     known = families()
-    if name not in known:
+    if not isinstance(name, str) or name not in known:
         raise ValueError(f"family {name!r} does not exist; there are {', '.join(known)}")
     return known[name]

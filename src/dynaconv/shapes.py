@@ -11,6 +11,10 @@ IntOrTuple = int | Sequence[int]
 # In an exported graph a size is a symbol.
 INTS = (int, torch.SymInt)
 Padding = int | Sequence[int] | str
+# torch's own convolutions count in 32 bits.
+LARGEST = 2**31 - 1
+# Longer steps than anybody takes: what they reach is looked at before memory is laid out by them.
+FAR = 64
 
 
 class Geometry(NamedTuple):
@@ -30,6 +34,21 @@ class Geometry(NamedTuple):
             )
         )
 
+    def within(self, size: Sequence[int]) -> "Geometry":
+        """What gives the same on an input of spatial shape `size`, without steps beyond its end.
+
+        The dilation of a kernel of one tap, and a stride to a second position where one fits.
+        """
+        if max(*self.stride, *self.dilation) <= FAR:
+            return self
+        dilation = tuple(
+            1 if k == 1 else d for k, d in zip(self.kernel, self.dilation, strict=True)
+        )
+        near = self._replace(dilation=dilation)
+        room = near._replace(stride=(1,) * len(dilation)).output_size(size)
+        stride = tuple(max(1, min(s, n)) for s, n in zip(self.stride, room, strict=True))
+        return near._replace(stride=stride)
+
 
 def enlarged_size(
     size: Sequence[int], geometry: Geometry, output_padding: Sequence[int]
@@ -43,7 +62,8 @@ def enlarged_size(
 
 def ntuple(value: IntOrTuple, rank: int, name: str, minimum: int = 1) -> tuple[int, ...]:
     """`value` once a dimension: 3 -> (3, 3) at rank 2. ValueError names `name`."""
-    values = tuple(value) if isinstance(value, Sequence) else (value,) * rank
+    many = isinstance(value, Sequence) and not isinstance(value, bytes)
+    values: tuple = tuple(value) if many else (value,) * rank  # type: ignore[arg-type]
     if len(values) == 1:
         values = values * rank
     if len(values) != rank:
@@ -52,6 +72,8 @@ def ntuple(value: IntOrTuple, rank: int, name: str, minimum: int = 1) -> tuple[i
         raise TypeError(f"{name}={value!r} must be int or a tuple of {rank} ints")
     if any(v < minimum for v in values):
         raise ValueError(f"{name}={value!r} must be at least {minimum}")
+    if not torch.compiler.is_compiling() and any(v > LARGEST for v in values):
+        raise ValueError(f"{name}={value!r} must be at most {LARGEST}")
     return values
 
 
@@ -110,7 +132,8 @@ def resolve_padding(
         extra[1::2] = [b - a for a, b in zip(reversed(before), reversed(after), strict=True)]
         input = F.pad(input, extra) if any(extra) else input
         resolved = before
-    return input, Geometry(kernel, stride, tuple(resolved), dilation)  # type: ignore[arg-type]
+    geometry = Geometry(kernel, stride, tuple(resolved), dilation)  # type: ignore[arg-type]
+    return input, geometry.within(input.shape[2:])
 
 
 def windows(x: Tensor, geometry: Geometry) -> Tensor:

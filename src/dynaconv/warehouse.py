@@ -1,15 +1,12 @@
 """One warehouse of kernel cells for many layers of a model (KernelWarehouse, Li, ICML 2024)."""
 
-from collections.abc import Callable
-from typing import Any
-
 from torch import nn
 
-from dynaconv.convert import select
+from dynaconv.convert import Where, chooser
+from dynaconv.functional._checks import check_bool, check_module, check_number
+from dynaconv.layers.arguments import room_for
 from dynaconv.layers.cells import Warehouse
 from dynaconv.layers.kernel_warehouse import KernelWarehouseConv
-
-Where = Callable[[str, Any], bool]
 
 
 def share_kernels(
@@ -49,9 +46,11 @@ def share_kernels(
         ValueError: no layer was selected, or layers that cannot share: of different dimensions,
             devices or dtypes, or of shapes that cannot be cut alike.
     """
-    chosen: Where = lambda name, module: True
-    if where is not None:
-        chosen = select(name=where) if isinstance(where, str) else where
+    check_module("share_kernels", model=model)
+    ratios = {"in_ratio": in_ratio, "out_ratio": out_ratio, "basis_ratio": basis_ratio}
+    check_number("share_kernels", budget=budget, **ratios)
+    check_bool("share_kernels", spatial_partition=spatial_partition)
+    chosen = chooser("share_kernels", where)
     layers = [
         module
         for name, module in model.named_modules()
@@ -60,7 +59,8 @@ def share_kernels(
     _check_alike(layers)
     kernels = [layer.static_kernel() for layer in layers]
     shapes = [layer.kernel_shape() for layer in layers]
-    warehouse = Warehouse(shapes, budget, in_ratio, out_ratio, spatial_partition)
+    with room_for(budget=budget):
+        warehouse = Warehouse(shapes, budget, in_ratio, out_ratio, spatial_partition)
     cells = layers[0].warehouse.cells
     warehouse.to(cells.device, cells.dtype).train(model.training)
     options = {"budget": budget, "in_ratio": in_ratio, "out_ratio": out_ratio}

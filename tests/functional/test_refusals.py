@@ -11,7 +11,8 @@ X = T(4, 16, 9, 9)
 OFFSET = T(4, 18, 9, 9)
 PER_SAMPLE, MIXTURE = functional.conv_per_sample, functional.conv_mixture
 PER_POSITION, DEFORM = functional.conv_per_position, functional.deform_conv
-CONV = functional.conv
+CONV, TRANSPOSE = functional.conv, functional.conv_transpose_per_sample
+GRID = functional.conv_on_grid
 W4, W = T(4, 8, 16, 3, 3), T(8, 16, 3, 3)
 
 VALUES = [
@@ -124,8 +125,31 @@ VALUES = [
     (CONV, (X, W.to("meta")), {}, "weight is on meta, input on cpu; move one of them"),
     (PER_SAMPLE, (X, W4.to("meta")), {}, "weight is on meta, input on cpu; move one of them"),
     (DEFORM, (X, OFFSET.to("meta"), W), {"padding": 1}, "offset is on meta"),
+    (CONV, (X, W), {"stride": 2**31}, "stride=2147483648 must be at most 2147483647"),
+    (CONV, (X, W), {"padding": (0, 2**63)}, r"padding=\(0, 9223372036854775808\) must be at most"),
+    (CONV, (X, W), {"padding": 2**30}, "GiB, more than there is memory; give less padding"),
+    (CONV, (X, T(8, 16, 0, 3)), {}, r"weight has a kernel of shape \(0, 3\); give at least 1 tap"),
+    (CONV, (T(4, 16, 0, 9), W), {"padding": 3}, "give at least 1 position"),
+    (CONV, (T(4, 0, 9, 9), T(8, 0, 3, 3)), {}, "there are 0 input channels; give at least 1"),
+    (PER_SAMPLE, (X, T(4, 0, 16, 3, 3)), {}, "there are 0 output channels"),
+    (DEFORM, (X, OFFSET, T(8, 16, 3, 0)), {"padding": 1}, "weight has a kernel of shape"),
+    (TRANSPOSE, (X, T(4, 16, 0, 3, 3)), {}, "there are 0 output channels"),
+    (TRANSPOSE, (X, T(4, 16, 8, 0, 3)), {}, "weight has a kernel of shape"),
+    (TRANSPOSE, (X, T(4, 16, 8, 3, 3)), {"stride": 2**30}, "GiB, more than there is memory"),
+    (GRID, (X, [T(4, 5, 3), T(4, 5, 3)], W, T(5)), {}, r"bias has shape \(5,\); give \(8,\)"),
 ]
+SPARSE, NESTED = X.to_sparse(), torch.nested.nested_tensor([T(2, 3)], layout=torch.jagged)
 TYPES = [
+    (CONV, ([1.0], W), {}, "conv: input is of <class 'list'>; give a tensor"),
+    (CONV, (X, None), {}, "conv: weight is of <class 'NoneType'>; give a tensor"),
+    (CONV, (X, W, 1.0), {}, "conv: bias is of <class 'float'>; give a tensor"),
+    (CONV, (SPARSE, W), {}, "conv: input is torch.sparse_coo; give a dense tensor"),
+    (CONV, (NESTED, W), {}, "conv: input is nested; give a dense tensor"),
+    (CONV, (X, W), {"padding": b"ab"}, "padding=b'ab' must be int or a tuple of 2 ints"),
+    (MIXTURE, (X, W, "abc"), {}, "conv_mixture: coefficients is of <class 'str'>"),
+    (GRID, (X, 5, W), {}, "conv_on_grid: positions is of <class 'int'>"),
+    (GRID, (X, [1, 2], W), {}, r"conv_on_grid: positions\[0\] is of <class 'int'>"),
+    (DEFORM, (X, OFFSET.to(torch.float8_e4m3fn), W), {"padding": 1}, "offset has dtype"),
     (CONV, (X.long(), W), {}, "input has dtype torch.int64; give a floating-point tensor"),
     (CONV, (X, W.double()), {}, r"weight has dtype torch.float64, input torch.float32; cast"),
     (CONV, (X, W), {"groups": 1.0}, r"groups=1.0 must be an int"),
@@ -172,3 +196,9 @@ def test_ntuple():
     assert ntuple(3, 2, "stride") == (3, 3)
     assert ntuple((3,), 2, "stride") == (3, 3)
     assert ntuple([1, 2], 2, "stride") == (1, 2)
+
+
+def test_a_bias_has_a_gradient_in_an_empty_batch():
+    bias = T(8).requires_grad_()
+    TRANSPOSE(X[:0], T(0, 16, 8, 3, 3), bias).sum().backward()
+    assert torch.equal(bias.grad, torch.zeros(8))

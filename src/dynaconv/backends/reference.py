@@ -118,7 +118,8 @@ def conv_transpose_per_sample(
     plain = enlarged_size(input.shape[2:], geometry, (0,) * rank)
     extra = [out - whole for out, whole in zip(size, plain, strict=True)]
     if not batch:
-        return (input.sum() + weight.sum()) * input.new_ones(0, weight.shape[2] * groups, *size)
+        nothing = sum(t.sum() for t in (input, weight, bias) if t is not None)
+        return nothing * input.new_ones(0, weight.shape[2] * groups, *size)
     output = CONV_TRANSPOSES[rank](
         input.flatten(0, 1).unsqueeze(0),
         weight.flatten(0, 1),

@@ -6,6 +6,7 @@ from dynaconv.dispatch import Problem, choose
 from dynaconv.functional._checks import (
     autocast,
     check_alike,
+    check_amount,
     check_groups,
     check_input,
     check_output,
@@ -62,7 +63,8 @@ def prepare(
     groups: int = 1,
 ) -> tuple[Problem, tuple]:
     """The checked arguments as backends take them, and the problem that they pose."""
-    rank = check_input(NAME, input)
+    tensors = {"weight": weight, "coefficients": coefficients, "bias": bias}
+    rank = check_input(NAME, input, **tensors)
     input, weight, coefficients, bias = autocast(  # type: ignore[assignment]
         input, weight, coefficients, bias
     )
@@ -79,6 +81,7 @@ def prepare(
         mixed = bias.dim() == 2 and not by_tap
         check_shape(NAME, "bias", bias, (experts, out_channels) if mixed else (out_channels,))
     input, geometry = resolve_padding(input, kernel, stride, padding, dilation)  # type: ignore[arg-type]
-    check_output(NAME, tuple(input.shape[2:]), geometry)
+    output = check_output(NAME, tuple(input.shape[2:]), geometry)
+    check_amount(NAME, input, out_channels, output)
     problem = Problem.of(NAME, input, weight=weight, coefficients=coefficients, bias=bias)
     return problem, (input, weight, coefficients, bias, geometry, groups)

@@ -7,12 +7,14 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dynaconv.functional._checks import (
+    DTYPES,
     autocast,
     check_alike,
     check_device,
     check_groups,
     check_input,
     check_shape,
+    check_tensors,
 )
 
 NAME = "conv_on_grid"
@@ -49,21 +51,26 @@ def conv_on_grid(
         ValueError: shapes that do not fit, with what was given and what is needed.
         TypeError: a dtype that is not floating point, or that differs from the input's.
     """
-    rank = check_input(NAME, input)
+    rank = check_input(NAME, input, weight=weight, bias=bias)
     input, weight, bias = autocast(input, weight, bias)  # type: ignore[assignment]
     check_alike(NAME, input, weight=weight, bias=bias)
     check_groups(NAME, input.shape[1], groups, "input channels")
     kernel = ("k",) * rank
     check_shape(NAME, "weight", weight, ("C_out", input.shape[1] // groups, *kernel))
     check_groups(NAME, weight.shape[0], groups, "output channels (from weight's shape)")
+    if bias is not None:
+        check_shape(NAME, "bias", bias, (weight.shape[0],))
+    if not isinstance(positions, Sequence) or isinstance(positions, str | bytes):
+        raise TypeError(f"{NAME}: positions is of {type(positions)}; give a list of tensors")
     if len(positions) != rank:
         raise ValueError(
             f"{NAME}: {len(positions)} lists of positions; give {rank}, one a dimension"
         )
     for d, given in enumerate(positions):
+        check_tensors(NAME, **{f"positions[{d}]": given})
         check_shape(NAME, f"positions[{d}]", given, (input.shape[0], "l_out", weight.shape[2 + d]))
         check_device(NAME, input, **{f"positions[{d}]": given})
-        if not given.is_floating_point():
+        if given.dtype not in DTYPES:
             raise TypeError(f"{NAME}: positions[{d}] has dtype {given.dtype}; give floating point")
     x = sample(input, [t.flatten(1) for t in positions])
     return CONVS[rank](x, weight, bias, weight.shape[2:], groups=groups)

@@ -6,6 +6,7 @@ from dynaconv.dispatch import Problem, choose
 from dynaconv.functional._checks import (
     autocast,
     check_alike,
+    check_amount,
     check_groups,
     check_input,
     check_output,
@@ -53,7 +54,7 @@ def prepare(
     dilation: IntOrTuple = 1,
 ) -> tuple[Problem, tuple]:
     """The checked arguments as backends take them, and the problem that they pose."""
-    rank = check_input(NAME, input)
+    rank = check_input(NAME, input, weight=weight)
     input, weight = autocast(input, weight)  # type: ignore[assignment]
     check_alike(NAME, input, weight=weight)
     batch, channels = input.shape[:2]
@@ -64,5 +65,6 @@ def prepare(
     kernel = tuple(weight.shape[2 : 2 + rank])
     input, geometry = resolve_padding(input, kernel, stride, padding, dilation)
     output = check_output(NAME, tuple(input.shape[2:]), geometry)
+    check_amount(NAME, input, channels, output)
     check_shape(NAME, "weight", weight, (batch, "G", *kernel, *output))
     return Problem.of(NAME, input, weight=weight), (input, weight, geometry)

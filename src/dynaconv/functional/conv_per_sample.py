@@ -6,6 +6,7 @@ from dynaconv.dispatch import Problem, choose
 from dynaconv.functional._checks import (
     autocast,
     check_alike,
+    check_amount,
     check_groups,
     check_input,
     check_output,
@@ -56,7 +57,7 @@ def prepare(
     groups: int = 1,
 ) -> tuple[Problem, tuple]:
     """The checked arguments as backends take them, and the problem that they pose."""
-    rank = check_input(NAME, input)
+    rank = check_input(NAME, input, weight=weight, bias=bias)
     input, weight, bias = autocast(input, weight, bias)  # type: ignore[assignment]
     check_alike(NAME, input, weight=weight, bias=bias)
     batch, channels = input.shape[:2]
@@ -71,7 +72,8 @@ def prepare(
         check_shape(NAME, "bias", bias, (batch, out_channels))
     kernel = tuple(weight.shape[3:])
     input, geometry = resolve_padding(input, kernel, stride, padding, dilation)
-    check_output(NAME, tuple(input.shape[2:]), geometry)
+    output = check_output(NAME, tuple(input.shape[2:]), geometry)
+    check_amount(NAME, input, out_channels, output)
     problem = Problem.of(NAME, input, weight=weight, bias=bias)
     return problem, (input, weight, bias, geometry, groups)
 

@@ -6,6 +6,7 @@ from dynaconv.dispatch import Problem, choose
 from dynaconv.functional._checks import (
     autocast,
     check_alike,
+    check_amount,
     check_enlarged,
     check_groups,
     check_input,
@@ -45,7 +46,7 @@ def conv_transpose_per_sample(
         ValueError: shapes that do not fit, with what was given and what is needed.
         TypeError: a dtype that is not floating point or differs from the input's.
     """
-    rank = check_input(NAME, input)
+    rank = check_input(NAME, input, weight=weight, bias=bias)
     input, weight, bias = autocast(input, weight, bias)  # type: ignore[assignment]
     check_alike(NAME, input, weight=weight, bias=bias)
     batch, channels = input.shape[:2]
@@ -53,6 +54,7 @@ def conv_transpose_per_sample(
     free = ("k",) * rank
     check_shape(NAME, "weight", weight, (batch, channels, "C_out / groups", *free))
     out_channels = weight.shape[2] * groups
+    check_groups(NAME, out_channels, groups, "output channels")
     if bias is not None and bias.dim() == 1:
         check_shape(NAME, "bias", bias, (out_channels,))
         bias = bias.expand(batch, out_channels)
@@ -65,5 +67,6 @@ def conv_transpose_per_sample(
         ntuple(dilation, rank, "dilation"),
     )
     size = check_enlarged(NAME, tuple(input.shape[2:]), geometry, output_padding)
+    check_amount(NAME, input, out_channels, size)
     problem = Problem.of(NAME, input, weight=weight, bias=bias)
     return choose(problem)(input, weight, bias, geometry, size, groups)

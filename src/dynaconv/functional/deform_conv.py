@@ -9,7 +9,9 @@ from dynaconv.dispatch import Problem, choose
 from dynaconv.functional._checks import (
     autocast,
     check_alike,
+    check_amount,
     check_device,
+    check_floating,
     check_groups,
     check_input,
     check_output,
@@ -74,7 +76,8 @@ def prepare(
     modulation: Tensor | None = None,
 ) -> tuple[Problem, tuple]:
     """The checked arguments as backends take them, and the problem that they pose."""
-    rank = check_input(NAME, input)
+    tensors = {"offset": offset, "weight": weight, "bias": bias, "modulation": modulation}
+    rank = check_input(NAME, input, **tensors)
     input, weight, bias, modulation = autocast(  # type: ignore[assignment]
         input, weight, bias, modulation
     )
@@ -82,6 +85,7 @@ def prepare(
     check_device(NAME, input, offset=offset)
     if offset.dtype != torch.float32:  # float32 coordinates go with data of any dtype
         check_alike(NAME, input, offset=offset)
+    check_floating(NAME, offset=offset)
     if offset.dtype.itemsize < 4:  # half precision cannot hold a position
         offset = offset.float()
     batch, channels = input.shape[:2]
@@ -93,6 +97,7 @@ def prepare(
         check_shape(NAME, "bias", bias, (weight.shape[0],))
     input, geometry = resolve_padding(input, kernel, stride, padding, dilation)  # type: ignore[arg-type]
     output = check_output(NAME, tuple(input.shape[2:]), geometry)
+    check_amount(NAME, input, weight.shape[0], output)
     offset_groups = _check_offset(offset, channels, geometry.kernel, (batch, *output))
     if modulation is not None:
         taps = offset_groups * prod(geometry.kernel)

@@ -8,8 +8,10 @@ from dynaconv.dispatch import Problem, choose
 from dynaconv.functional._checks import (
     autocast,
     check_alike,
+    check_amount,
     check_device,
     check_enlarged,
+    check_floating,
     check_groups,
     check_input,
     check_shape,
@@ -56,18 +58,21 @@ def deform_conv_transpose(
         ValueError: shapes that do not fit, with what was given and what is needed.
         TypeError: a dtype that is not floating point or differs from the input's.
     """
-    rank = check_input(NAME, input)
+    tensors = {"offset": offset, "weight": weight, "bias": bias, "modulation": modulation}
+    rank = check_input(NAME, input, **tensors)
     input, weight, bias, modulation = autocast(  # type: ignore[assignment]
         input, weight, bias, modulation
     )
     check_alike(NAME, input, weight=weight, bias=bias, modulation=modulation)
     check_device(NAME, input, offset=offset)
+    check_floating(NAME, offset=offset)
     if offset.dtype.itemsize < 4:  # half precision cannot hold a position
         offset = offset.float()
     batch, channels, *length = input.shape
     check_groups(NAME, channels, groups, "input channels")
     check_shape(NAME, "weight", weight, (channels, "C_out / groups", *("k",) * rank))
     out_channels = weight.shape[1] * groups
+    check_groups(NAME, out_channels, groups, "output channels")
     if bias is not None:
         check_shape(NAME, "bias", bias, (out_channels,))
     geometry = Geometry(
@@ -77,6 +82,7 @@ def deform_conv_transpose(
         ntuple(dilation, rank, "dilation"),
     )
     size = check_enlarged(NAME, tuple(length), geometry, output_padding)
+    check_amount(NAME, input, out_channels, size)
     taps = prod(geometry.kernel)
     check_shape(NAME, "offset", offset, (batch, "offset_groups * taps * D", *length))
     check_groups(NAME, offset.shape[1], taps * rank, "offset channels (taps * dimensions)")

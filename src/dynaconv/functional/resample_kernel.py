@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dynaconv.dispatch import under_transform, values_unknown
-from dynaconv.functional._checks import DTYPES
+from dynaconv.functional._checks import check_choice, check_floating, check_tensors
 from dynaconv.shapes import IntOrTuple, ntuple, surely
 
 NAME = "resample_kernel"
@@ -40,10 +40,9 @@ def resample_kernel(weight: Tensor, size: IntOrTuple, mode: str = "area") -> Ten
         ValueError: a size below 1, more sizes than dimensions, another mode.
         TypeError: a weight that is not floating point.
     """
-    if mode not in MODES:
-        raise ValueError(f"{NAME}: mode={mode!r}; choose from {MODES}")
-    if weight.dtype not in DTYPES:
-        raise TypeError(f"{NAME}: weight has dtype {weight.dtype}; give a floating-point tensor")
+    check_choice(NAME, MODES, mode=mode)
+    check_tensors(NAME, weight=weight)
+    check_floating(NAME, weight=weight)
     rank = len(size) if isinstance(size, Sequence) else weight.dim() - 2
     if not 1 <= rank <= min(3, weight.dim()):
         raise ValueError(

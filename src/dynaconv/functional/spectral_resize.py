@@ -6,7 +6,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dynaconv.functional._checks import check_device, check_input, check_shape
+from dynaconv.functional._checks import (
+    check_bool,
+    check_device,
+    check_floating,
+    check_input,
+    check_number,
+    check_shape,
+    check_tensors,
+)
 from dynaconv.shapes import IntOrTuple, ntuple
 
 NAME = "spectral_resize"
@@ -52,10 +60,8 @@ def spectral_resize(
         TypeError: a dtype that is not floating point, sizes that are neither ints nor such.
     """
     rank = check_input(NAME, input)
-    if not smoothness > 0:
-        raise ValueError(f"{NAME}: smoothness={smoothness} must be above 0")
-    if 0 in input.shape[2:]:
-        raise ValueError(f"{NAME}: input has shape {tuple(input.shape)}; give at least 1 position")
+    check_number(NAME, smoothness=smoothness)
+    check_bool(NAME, published=published)
     shape = tuple(input.shape[2:])
     if isinstance(size, Tensor):
         _check_learned(input, size, rank)
@@ -98,11 +104,9 @@ def resized_shape(
 
 
 def _check_learned(input: Tensor, size: Tensor, rank: int) -> None:
+    check_tensors(NAME, size=size)
     check_device(NAME, input, size=size)
-    if not size.is_floating_point():
-        raise TypeError(
-            f"{NAME}: size is a tensor of dtype {size.dtype}; give ints, or a floating-point tensor"
-        )
+    check_floating(NAME, size=size)
     check_shape(NAME, "size", size, (rank,))
     fine = (size > 0).all() & size.isfinite().all()
     if torch.compiler.is_compiling():

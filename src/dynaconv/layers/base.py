@@ -15,7 +15,22 @@ from torch.nn.parameter import is_lazy
 from dynaconv import masking
 from dynaconv.functional import conv as convolve
 from dynaconv.functional import conv_mixture, conv_per_position, conv_per_sample, deform_conv
+from dynaconv.functional._checks import (
+    check_amount,
+    check_bool,
+    check_choice,
+    check_floating,
+    check_output,
+    check_tensors,
+)
 from dynaconv.layers import causal as causality_of
+from dynaconv.layers.arguments import (
+    check_border,
+    check_channels,
+    check_options,
+    check_place,
+    room_for,
+)
 from dynaconv.layers.tracing import one_node
 from dynaconv.shapes import Geometry, IntOrTuple, Padding, check_padding, ntuple, same_padding
 
@@ -83,10 +98,12 @@ class DynamicConv(nn.Module):
         **options: Any,
     ) -> None:
         super().__init__()
-        _check_channels(in_channels, out_channels, groups)
-        if padding_mode not in PADDING_MODES:
-            raise ValueError(f"padding_mode={padding_mode!r}; choose from {list(PADDING_MODES)}")
-        _check_options(type(self), options)
+        name = type(self).__name__
+        check_channels(in_channels, out_channels, groups)
+        check_bool(name, bias=bias, causal=causal)
+        check_choice(name, list(PADDING_MODES), padding_mode=padding_mode)
+        check_place(name, device, dtype)
+        check_options(type(self), self.build, options)
         self.in_channels, self.out_channels, self.groups = in_channels, out_channels, groups
         self.options = options
         self.kernel_size = self.resolve_kernel_size(kernel_size)
@@ -98,10 +115,12 @@ class DynamicConv(nn.Module):
         if causal:
             causality_of.check(self)
         self.register_parameter("bias", None)
-        if bias:
-            self.bias = nn.Parameter(self.initial_bias((out_channels,)))
-        self.build(**options)
-        self.to(device=device, dtype=dtype)
+        sizes = {"in_channels": in_channels, "out_channels": out_channels}
+        with room_for(**sizes, kernel_size=kernel_size, stride=stride, **options):
+            if bias:
+                self.bias = nn.Parameter(self.initial_bias((out_channels,)))
+            self.build(**options)
+            self.to(device=device, dtype=dtype)
 
     # What a family defines -----------------------------------------------------------------
 
@@ -186,6 +205,7 @@ class DynamicConv(nn.Module):
 
     def output_mask(self, padding_mask: Tensor) -> Tensor:
         """The padding mask (N, *L_out) of the output: what each sample has when alone."""
+        masking.check_spatial_mask(padding_mask, self.rank)
         if self.padding == "same" or self.causal:
             return padding_mask
         return masking.output_mask(padding_mask, self.geometry())
@@ -257,12 +277,20 @@ class DynamicConv(nn.Module):
         self, input: Tensor, padding_mask: Tensor | None = None
     ) -> tuple[Tensor, Tensor | None]:
         """Checks the input, adds the batch dimension, and zeroes what is not real."""
+        name = type(self).__name__
+        check_tensors(name, input=input)
         wanted = f"({self.in_channels}, *L) or (N, {self.in_channels}, *L)"
         if input.dim() - self.rank not in (1, 2) or input.shape[-1 - self.rank] != self.in_channels:
             raise ValueError(
-                f"{type(self).__name__}: input has shape {tuple(input.shape)}; "
+                f"{name}: input has shape {tuple(input.shape)}; "
                 f"give {wanted} with {self.rank} sizes in L"
             )
+        if 0 in input.shape[-self.rank :]:
+            raise ValueError(
+                f"{name}: input has shape {tuple(input.shape)}; give at least 1 position"
+            )
+        self.check_alike(input=input)
+        self.check_fits(input, tuple(input.shape[-self.rank :]))
         x = input if input.dim() == self.rank + 2 else input.unsqueeze(0)
         if padding_mask is None:
             return x, None
@@ -271,9 +299,39 @@ class DynamicConv(nn.Module):
                 f"padding_mask goes with padding_mode='zeros'; with {self.padding_mode!r} a sample "
                 "would see its padding, not its own border"
             )
+        check_tensors(name, padding_mask=padding_mask)
         mask = padding_mask if padding_mask.dim() == self.rank + 1 else padding_mask.unsqueeze(0)
         masking.check_mask(mask, x)
         return x.masked_fill(~mask.unsqueeze(1), 0), mask
+
+    def check_fits(self, input: Tensor, size: tuple[int, ...]) -> None:
+        """The kernel fits into an input of spatial shape `size`, and memory holds the output."""
+        if self.padding == "same" or self.causal:
+            return
+        name, geometry = type(self).__name__, self.geometry()
+        padded = tuple(n + 2 * p for n, p in zip(size, geometry.padding, strict=True))
+        check_amount(name, input, self.in_channels, padded)
+        check_amount(name, input, self.out_channels, check_output(name, size, geometry))
+
+    def check_alike(self, **tensors: Tensor) -> None:
+        """The tensors live where the parameters do, and have their dtype."""
+        name = type(self).__name__
+        check_floating(name, **tensors)
+        own = next(self.parameters(), None) if self.bias is None else self.bias
+        for what, tensor in tensors.items():
+            if own is None:
+                return
+            if tensor.device != own.device:
+                raise ValueError(
+                    f"{name}: {what} is on {tensor.device}, the layer on {own.device}; move one"
+                )
+            kind = own.device.type
+            mixes = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
+            if tensor.dtype != own.dtype and not mixes:
+                raise TypeError(
+                    f"{name}: {what} has dtype {tensor.dtype}, the layer {own.dtype}; cast one, "
+                    f"e.g. {what}.to({own.dtype})"
+                )
 
     def pad(self, x: Tensor, geometry: Geometry | None = None) -> tuple[Tensor, Padding]:
         """x padded by padding_mode, and the padding that is left to the primitive.
@@ -290,6 +348,7 @@ class DynamicConv(nn.Module):
         before = after = geometry.padding
         if self.padding == "same":
             before, after = same_padding(geometry.kernel, geometry.dilation)
+        check_border(self.padding_mode, before, after, tuple(x.shape[2:]))
         widths = [w for pair in zip(reversed(before), reversed(after), strict=True) for w in pair]
         return F.pad(x, widths, mode=PADDING_MODES[self.padding_mode]), 0
 
@@ -437,37 +496,13 @@ class DynamicConv(nn.Module):
         return ", ".join(parts)
 
 
-def _check_channels(in_channels: int, out_channels: int, groups: int) -> None:
-    for name, value in (
-        ("in_channels", in_channels),
-        ("out_channels", out_channels),
-        ("groups", groups),
-    ):
-        if isinstance(value, bool) or not isinstance(value, int):
-            raise TypeError(f"{name}={value!r} must be an int")
-        if value < 1:
-            raise ValueError(f"{name}={value} must be at least 1")
-    for name, value in (("in_channels", in_channels), ("out_channels", out_channels)):
-        if value % groups:
-            raise ValueError(f"{name}={value} is not divisible by groups={groups}")
-
-
-def _check_options(cls: type[DynamicConv], options: dict[str, Any]) -> None:
-    """TypeError for an option that the family does not have, naming those it has."""
-    known = [p for p in inspect.signature(cls.build).parameters if p != "self"]
-    for name in options:
-        if name not in known:
-            has = ", ".join(known) or "none"
-            raise TypeError(f"{cls.__name__} has no option {name!r}; its options: {has}")
-
-
 def conv_nd(rank: int, *args: Any, **kwargs: Any) -> ConvNd:
     """nn.Conv1d, nn.Conv2d or nn.Conv3d."""
     return CONVS[rank](*args, **kwargs)
 
 
 def at_least(minimum: float, **values: float) -> None:
-    """ValueError unless every value is at least `minimum`."""
+    """ValueError unless every value is a number of at least `minimum`."""
     for name, value in values.items():
         if value < minimum:
             raise ValueError(f"{name}={value} must be at least {minimum}")

@@ -10,6 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from dynaconv.functional._checks import check_tensors
+
 if TYPE_CHECKING:
     from dynaconv.layers.base import DynamicConv
 
@@ -71,8 +73,16 @@ def step(layer: "DynamicConv", x: Tensor, state: State | None) -> tuple[Tensor, 
     """The output (N, C_out) at the next position x (N, C_in), and the state after it."""
     if not layer.causal:
         raise ValueError("step needs causal=True: other kernels wait for what comes later")
+    check_tensors("step", x=x)
+    if state is not None and not isinstance(state, State):
+        raise TypeError(f"step: state={state!r} is not what the step before returned")
     if x.dim() != 2 or x.shape[1] != layer.in_channels:
         raise ValueError(f"step: x has shape {tuple(x.shape)}; give (N, {layer.in_channels})")
+    layer.check_alike(x=x)
+    if state is not None and state.window.shape[:2] != x.shape:
+        raise ValueError(
+            f"step: x has shape {tuple(x.shape)}, state is of {tuple(state.window.shape[:2])}"
+        )
     if state is None:
         state = State(x.new_empty(*x.shape, 0), torch.zeros_like(_sums(x)), 0)
     window = torch.cat([state.window, x.unsqueeze(2)], 2)[..., -layer.past - 1 :]

@@ -1,10 +1,12 @@
 """What lies at the centres of a convolution's windows, for kernels that are generated there."""
 
+from collections.abc import Sequence
+
 import torch.nn.functional as F
 from torch import Tensor
 
 from dynaconv.layers.base import DynamicConv
-from dynaconv.shapes import same_padding
+from dynaconv.shapes import FAR, same_padding
 
 
 def at_centres(layer: DynamicConv, x: Tensor, mask: Tensor | None) -> Tensor:
@@ -16,15 +18,18 @@ def at_centres(layer: DynamicConv, x: Tensor, mask: Tensor | None) -> Tensor:
     if layer.causal:
         return x
     pairs = _beyond_centres(layer)
-    widths = []
+    widths, cell = [], list(layer.stride)
     for d in reversed(range(layer.rank)):
         start, end = pairs[d]
-        widths += [start, end + -(x.shape[2 + d] + start + end) % layer.stride[d]]
+        length = x.shape[2 + d] + start + end
+        if cell[d] > FAR:  # one cell of what there is, instead of padding as far
+            cell[d] = max(1, min(cell[d], length))
+        widths += [start, end + -length % cell[d]]
     if not any(widths) and max(layer.stride) == 1:
         return x
     real = x.new_ones(1, *x.shape[2:]) if mask is None else mask.to(x.dtype)
-    count = _cell_sums(F.pad(real.unsqueeze(1), widths), layer.stride)
-    return _cell_sums(F.pad(x, widths), layer.stride) / count.clamp(min=1)
+    count = _cell_sums(F.pad(real.unsqueeze(1), widths), cell)
+    return _cell_sums(F.pad(x, widths), cell) / count.clamp(min=1)
 
 
 def between_centres(layer: DynamicConv, x: Tensor) -> Tensor:
@@ -43,7 +48,7 @@ def _beyond_centres(layer: DynamicConv) -> list[tuple[int, int]]:
     return [(given[0][d] - before[d], given[1][d] - after[d]) for d in range(layer.rank)]
 
 
-def _cell_sums(x: Tensor, cell: tuple[int, ...]) -> Tensor:
+def _cell_sums(x: Tensor, cell: Sequence[int]) -> Tensor:
     """Sums over cells: (N, C, *L) -> (N, C, *L / cell)."""
     for d, size in enumerate(cell):
         x = x.unflatten(2 + d, (-1, size)).sum(3 + d)

@@ -73,7 +73,8 @@ class FlexConv(DynamicConv):
         if mask_width is not None:
             positive(mask_width=mask_width)
         steps = [2 / max(k - 1, 1) for k in self.kernel_size]
-        widths = [max(0.075, step) if mask_width is None else mask_width for step in steps]
+        given = None if mask_width is None else float(mask_width)
+        widths = [max(0.075, step) if given is None else given for step in steps]
         self.threshold = threshold
         self.mask_width = nn.Parameter(torch.tensor(widths))
         self.register_buffer("mask_mean", torch.zeros(self.rank))

@@ -9,6 +9,15 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dynaconv.dispatch import values_unknown
+from dynaconv.functional._checks import (
+    check_alike,
+    check_finite,
+    check_floating,
+    check_list,
+    check_number,
+    check_shape,
+    check_tensors,
+)
 from dynaconv.layers.base import ConvNd, DynamicConv, conv_nd, positive, without_autocast
 from dynaconv.layers.costs import add_cost
 from dynaconv.layers.framed import framed
@@ -173,12 +182,22 @@ def sparsity_loss(
         ValueError: no costs, a target outside 0 to 1, a negative progress, or work of another
             length.
     """
+    check_list("sparsity_loss", Tensor, "tensors", costs=costs)
+    check_finite("sparsity_loss", target=target, progress=progress)
+    if work is not None:
+        check_list("sparsity_loss", int | float, "numbers", work=work)
+        check_number("sparsity_loss", **{f"work[{i}]": w for i, w in enumerate(work)})
     if not costs:
         raise ValueError("sparsity_loss: costs is empty; run the model inside collect_costs()")
     if not 0 <= target <= 1 or not progress >= 0:
         raise ValueError(f"target={target} must lie in 0 ... 1, progress={progress} be at least 0")
     if work is not None and len(work) != len(costs):
         raise ValueError(f"work has {len(work)} entries for {len(costs)} costs")
+    for i, cost in enumerate(costs):
+        check_tensors("sparsity_loss", **{f"costs[{i}]": cost})
+        check_shape("sparsity_loss", f"costs[{i}]", cost, ())
+        check_floating("sparsity_loss", **{f"costs[{i}]": cost})
+        check_alike("sparsity_loss", costs[0], **{f"costs[{i}]": cost})
     shares = torch.stack(list(costs))
     weights = shares.new_ones(len(costs)) if work is None else shares.new_tensor(work)
     tight = cos(min(progress, 1.0) * pi / 2) ** 2

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from dynaconv.functional import conv, spectral_resize
+from dynaconv.functional._checks import check_module
 from dynaconv.functional.spectral_resize import resized_shape
 from dynaconv.layers.base import ConvNd, DynamicConv, at_least, positive
 from dynaconv.masking import each_size, fill_up, mask_from_sizes, sizes_from_mask
@@ -228,6 +229,7 @@ def stride_cost(model: nn.Module) -> Tensor:
     Raises:
         ValueError: the model has no LearnedStrideConv.
     """
+    check_module("stride_cost", model=model)
     layers = [m for m in model.modules() if isinstance(m, LearnedStrideConv)]
     if not layers:
         raise ValueError("stride_cost: the model has no LearnedStrideConv layer")

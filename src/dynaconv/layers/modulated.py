@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from dynaconv.functional._checks import DTYPES, check_tensors
 from dynaconv.layers.base import ConvNd, DynamicConv, at_least, causal, without_autocast
 from dynaconv.layers.tracing import one_node
 from dynaconv.masking import masked_mean
@@ -92,10 +93,13 @@ class ModulatedConv(DynamicConv):
                     f"{self.in_channels}, so the input's mean is no style; give style {wanted}"
                 )
             return None
+        check_tensors(type(self).__name__, style=style)
         style = style.unsqueeze(0) if style.dim() == 1 else style
+        if style.device != x.device:
+            raise ValueError(f"style is on {style.device}, input on {x.device}; move one of them")
         if tuple(style.shape) != wanted:
             raise ValueError(f"style has shape {tuple(style.shape)}; give {wanted}")
-        if not style.is_floating_point():
+        if style.dtype not in DTYPES:
             raise TypeError(f"style has dtype {style.dtype}; give floating point numbers")
         return style
 

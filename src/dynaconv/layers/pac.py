@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dynaconv.functional import conv_per_position
+from dynaconv.functional._checks import DTYPES, check_tensors
 from dynaconv.layers.base import ConvNd, DynamicConv, without_autocast
 from dynaconv.layers.framed import framed
 from dynaconv.layers.tracing import one_node
@@ -163,9 +164,10 @@ class PACConv(DynamicConv):
         """The guide (N, C_guide, *L_guide), in float32 at least."""
         given = default = self.default_guide(x, mask)
         if guide is not None:
+            check_tensors(type(self).__name__, guide=guide)
             given = guide if guide.dim() == self.rank + 2 else guide.unsqueeze(0)
         alike = given.shape[:1] + given.shape[2:] == default.shape[:1] + default.shape[2:]
-        if not alike or given.device != x.device or not given.is_floating_point():
+        if not alike or given.device != x.device or given.dtype not in DTYPES:
             wanted = ", ".join(map(str, (x.shape[0], "C_guide", *default.shape[2:])))
             raise ValueError(
                 f"{type(self).__name__}: guide has shape {tuple(given.shape)}, {given.dtype}, on "

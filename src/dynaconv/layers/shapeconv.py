@@ -10,9 +10,9 @@ from torch import Tensor, nn
 from dynaconv.functional import conv, resample_kernel
 from dynaconv.layers.base import ConvNd, DynamicConv
 from dynaconv.layers.continuous import KernelNetwork
-from dynaconv.masking import each_size, mask_from_sizes, sizes_from_mask
+from dynaconv.masking import check_spatial_mask, each_size, mask_from_sizes, sizes_from_mask
 from dynaconv.registry import register_family
-from dynaconv.shapes import Geometry, ntuple, same_padding, surely
+from dynaconv.shapes import LARGEST, Geometry, ntuple, same_padding, surely
 
 KERNELS = ("area", "pinv", "continuous")
 SizeRule = int | float | Sequence[int | float] | Callable[[tuple[int, ...]], int | Sequence[int]]
@@ -58,8 +58,10 @@ class ShapeConv(DynamicConv):
             given = tuple(kernel_size) if isinstance(kernel_size, Sequence) else (kernel_size,)
             given = given * self.rank if len(given) == 1 else given
             for size in given:
-                if isinstance(size, float) and not size > 0:
-                    raise ValueError(f"kernel_size={kernel_size!r}: a fraction must be above 0")
+                if isinstance(size, float) and not 0 < size < LARGEST:
+                    raise ValueError(
+                        f"kernel_size={kernel_size!r}: a fraction must be above 0, and finite"
+                    )
             whole = tuple(1 if isinstance(size, float) else size for size in given)
             ntuple(whole, self.rank, "kernel_size")
             kernel_size = given
@@ -148,12 +150,16 @@ class ShapeConv(DynamicConv):
             )
         return own._replace(kernel=kernel, padding=padding)
 
+    def check_fits(self, input: Tensor, size: tuple[int, ...]) -> None:
+        """The primitive sees to that: the kernel is another one for each size."""
+
     def output_size(self, size: tuple[int, ...]) -> tuple[int, ...]:
         return (
             tuple(size) if self.padding == "same" else self.static_geometry(size).output_size(size)
         )
 
     def output_mask(self, padding_mask: Tensor) -> Tensor:
+        check_spatial_mask(padding_mask, self.rank)
         self._refer(padding_mask.shape[1:])
         sizes = sizes_from_mask(padding_mask).tolist() or [list(padding_mask.shape[1:])]
         outputs = torch.tensor([self.output_size(tuple(size)) for size in sizes])

@@ -7,9 +7,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dynaconv.functional import conv_transpose_per_sample, deform_conv_transpose
-from dynaconv.functional._checks import check_output_padding
+from dynaconv.functional._checks import check_amount, check_enlarged, check_output_padding
 from dynaconv.layers.base import ConvNd, DynamicConv, conv_nd
-from dynaconv.masking import mask_from_sizes, sizes_from_mask
+from dynaconv.masking import check_spatial_mask, mask_from_sizes, sizes_from_mask
 from dynaconv.shapes import IntOrTuple, enlarged_size, mixed, ntuple
 
 CONV_TRANSPOSES: dict[int, type[ConvNd]] = {
@@ -107,10 +107,17 @@ class Transposed(DynamicConv):
         """stride, padding, output_padding, groups and dilation, as torch.nn.functional has them."""
         return (self.stride, self.padding, self.output_padding, self.groups, self.dilation)
 
+    def check_fits(self, input: Tensor, size: tuple[int, ...]) -> None:
+        name = type(self).__name__
+        output = check_enlarged(name, size, self.geometry(), self.output_padding)
+        check_amount(name, input, self.out_channels, output)
+
     def output_size(self, size: tuple[int, ...]) -> tuple[int, ...]:
         return enlarged_size(size, self.geometry(), self.output_padding)
 
     def output_mask(self, padding_mask: Tensor) -> Tensor:
+        check_spatial_mask(padding_mask, self.rank)
+        self.check_fits(padding_mask, tuple(padding_mask.shape[1:]))
         columns = self.output_size(sizes_from_mask(padding_mask).unbind(1))  # type: ignore[arg-type]
         shape = self.output_size(tuple(padding_mask.shape[1:]))
         return mask_from_sizes(torch.stack(columns, 1).clamp(min=0), shape)  # type: ignore[arg-type]

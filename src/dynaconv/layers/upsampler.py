@@ -5,8 +5,10 @@ from typing import Any, ClassVar, Self
 import torch
 from torch import Tensor
 
+from dynaconv.functional._checks import check_amount
 from dynaconv.layers.base import ConvNd, DynamicConv
 from dynaconv.layers.transposed import CONV_TRANSPOSES
+from dynaconv.masking import check_spatial_mask
 from dynaconv.shapes import IntOrTuple, Padding, check_padding
 
 
@@ -66,10 +68,16 @@ class Upsampler(DynamicConv):
         kept = {name: arguments[name] for name in known if name in arguments}
         return kept | {"kernel_size": stride, "stride": stride}
 
+    def check_fits(self, input: Tensor, size: tuple[int, ...]) -> None:
+        channels = max(self.in_channels, self.out_channels)
+        check_amount(type(self).__name__, input, channels, self.output_size(size))
+
     def output_size(self, size: tuple[int, ...]) -> tuple[int, ...]:
         return tuple(n * s for n, s in zip(size, self.stride, strict=True))
 
     def output_mask(self, padding_mask: Tensor) -> Tensor:
+        check_spatial_mask(padding_mask, self.rank)
+        self.check_fits(padding_mask, tuple(padding_mask.shape[1:]))
         for d, s in enumerate(self.stride):
             padding_mask = padding_mask.repeat_interleave(s, 1 + d)
         return padding_mask

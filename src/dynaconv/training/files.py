@@ -6,15 +6,17 @@ import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar, get_origin, get_type_hints
 
 import numpy as np
 import torch
 from PIL import Image
-from torch import nn
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from dynaconv.data.errors import InputError
 from dynaconv.files import whole
+from dynaconv.layers.arguments import fits, spelled
 from dynaconv.training.model import Config, RunConfig, build
 from dynaconv.training.text_model import TextConfig, build_text
 
@@ -23,6 +25,8 @@ FORMATS: dict[str, tuple[type[RunConfig], Callable[[Any], nn.Module]]] = {
     "dynaconv segmentation 1": (Config, build),
     "dynaconv text 1": (TextConfig, build_text),
 }
+# A size that needs no weights beside it to be believed.
+LEAST_SIZE = 2**12
 
 
 def check_writable(folder: Path) -> None:
@@ -76,12 +80,56 @@ def load_model(path: Path | str) -> tuple[Any, Any]:
         raise InputError(f"{path}: not a model written by `dynaconv train` (expected {known})")
     try:
         config = FORMATS[kind][0](**content["config"])
-        model = FORMATS[kind][1](config)
+        check_config(config, content["state"])
+        with Room(content["state"]):
+            model = FORMATS[kind][1](config)
         model.load_state_dict(content["state"])
-    except (KeyError, TypeError, ValueError, RuntimeError) as error:
-        reason = str(error).strip().split("\n")[0]
+    except Exception as error:  # a file may hold anything
+        reason = (str(error).strip() or repr(error)).split("\n")[0]
         raise InputError(f"{path}: does not fit this version of dynaconv ({reason})") from error
     return model.eval(), config
+
+
+def check_config(config: RunConfig, state: dict[str, Tensor]) -> None:
+    """TypeError or ValueError unless the values are of the kinds, and as few, as a model's are.
+
+    No size is larger than the number of weights in `state`, and no count than that of its entries.
+    """
+    for name, kind in get_type_hints(type(config)).items():
+        value = getattr(config, name)
+        if get_origin(kind) is not ClassVar and not fits(value, kind, 2**63):
+            raise TypeError(f"{name}={value!r} must be {spelled(kind)}")
+    if not all(isinstance(k, str) and isinstance(t, Tensor) for k, t in state.items()):
+        raise TypeError("state must hold tensors by name")
+    weights = sum(tensor.numel() for tensor in state.values())
+    sizes = {"options": [v for v in config.options.values() if isinstance(v, int)]}
+    sizes["channels"], blocks = [getattr(config, "channels", 1)], getattr(config, "blocks", 0)
+    for name, values in sizes.items():
+        if max(values, default=0) > max(weights, LEAST_SIZE):
+            raise ValueError(f"{name}={values} is more than its {weights} weights")
+    if blocks > len(state):
+        raise ValueError(f"blocks={blocks} is more than its {len(state)} tensors")
+
+
+class Room(TorchDispatchMode):
+    """Inside, a tensor out of all proportion to `state` is a ValueError before it is filled.
+
+    So a configuration that does not belong to its weights takes no memory to speak of.
+    """
+
+    def __init__(self, state: dict[str, Tensor]) -> None:
+        super().__init__()
+        stored = {t.untyped_storage().data_ptr(): t.untyped_storage() for t in state.values()}
+        self.most = 2**26 + 16 * sum(storage.nbytes() for storage in stored.values())
+
+    def __torch_dispatch__(
+        self, function: Any, types: Any, args: tuple = (), kwargs: dict | None = None
+    ) -> Any:
+        made = function(*args, **(kwargs or {}))
+        for tensor in made if isinstance(made, list | tuple) else [made]:
+            if isinstance(tensor, Tensor) and tensor.numel() * tensor.element_size() > self.most:
+                raise ValueError(f"its configuration makes a tensor of shape {tuple(tensor.shape)}")
+        return made
 
 
 def save_picture(path: Path, pixels: np.ndarray) -> None:

@@ -23,6 +23,7 @@ from torchmetrics.classification import MulticlassJaccardIndex
 from dynaconv.anneal import anneal, parameter_groups
 from dynaconv.data.errors import InputError
 from dynaconv.data.folder import PaddedImages, collate_padded
+from dynaconv.files import clear_temporaries
 from dynaconv.training.files import read_checkpoint, save_checkpoint, save_model
 from dynaconv.training.model import Config, RunConfig, build, normalise
 from dynaconv.training.processes import Part, process
@@ -30,6 +31,8 @@ from dynaconv.training.unet import UNet
 
 # The share of a run over which softmax temperatures go from 30 to 1.
 ANNEALING = 1 / 3
+# What a checkpoint has to hold for a run to go on from it.
+RESUMED = {"state_dict", "loops", "optimizer_states", "lr_schedulers", "history"}
 
 History = list[dict[str, float]]
 
@@ -94,6 +97,8 @@ def train_task(
     task.model.cpu().eval()
     if out is not None and trainer.is_global_zero:
         save_model(out / "model.pt", task.model, task.config)
+        for name in ("last.ckpt", "model.pt"):
+            clear_temporaries(out / name)
     return task.history
 
 
@@ -116,7 +121,10 @@ def resumable(out: Path, identity: dict[str, Any]) -> Path | None:
             raise InputError(f"{model}: would be overwritten, and there is no {last} of it; {mend}")
         return None
     try:
-        saved = read_checkpoint(last).get("identity", {})
+        content = read_checkpoint(last)
+        saved = content.get("identity")
+        if not isinstance(saved, dict) or not content.keys() >= RESUMED:
+            raise InputError(f"{last}: damaged, or not a checkpoint of a training")
     except InputError as error:
         raise InputError(f"{error}; {mend}") from None
     changed = [
