@@ -20,7 +20,8 @@ def blocks(path, language):
     return [block for kind, block in found if kind == language]
 
 
-def test_examples_run(capsys):
+def test_examples_run(capsys, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
     names = {}
     first, *others = blocks(README, "python")
     assert len([line for line in first.splitlines() if line.strip()]) <= 10
