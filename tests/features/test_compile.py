@@ -66,8 +66,9 @@ def test_inductor(family):
 
 @pytest.mark.parametrize("published", [False, True])
 def test_learned_strides_are_read_at_each_call(published):
-    layer = dynaconv.LearnedStrideConv2d(4, 6, 3, stride=1.3, published=published).double()
-    x = torch.randn(2, 4, 15, 14, dtype=torch.float64)
+    options = {"stride": 1.3, "smoothness": 2.5, "published": published}
+    layer = dynaconv.LearnedStrideConv2d(4, 6, 3, **options).double()
+    x = torch.randn(2, 4, 31, 30, dtype=torch.float64)
     with compiled(layer) as function:
         shapes = set()
         for number in range(3):

@@ -289,7 +289,6 @@ class FrequencyBandModulation(FreqSelect):
         return low_pass(x, mask, self.bands, "fdconv_grid" if self.grid else "fdconv")
 
 
-@register_filter("fdconv")
 def _low_frequencies(x: Tensor, bands: Sequence[float], grid: bool = False) -> list[Tensor]:
     kept = [_inside(x, band, grid) for band in bands]
     if not has_fft():
@@ -299,6 +298,7 @@ def _low_frequencies(x: Tensor, bands: Sequence[float], grid: bool = False) -> l
     return [torch.fft.irfftn(spectrum * box(k), s=x.shape[2:], dim=over) for k in kept]
 
 
+register_filter("fdconv")(_low_frequencies)
 register_filter("fdconv_grid")(partial(_low_frequencies, grid=True))
 
 
