@@ -21,9 +21,9 @@ from rich.progress import Progress
 from dynaconv.analyze import analyze
 from dynaconv.data.digits import InMemory
 from dynaconv.data.folder import FolderData, check_folder
+from dynaconv.files import whole
 from dynaconv.registry import families
 from dynaconv.training.demo import QUICK, demo_config, make_scenes, median_ms, percent
-from dynaconv.training.files import whole
 from dynaconv.training.model import STATIC, Config, build, normalise
 from dynaconv.training.task import fit, metric
 from dynaconv.training.unet import UNet

@@ -20,7 +20,7 @@ from dynaconv.data.phrases import make_texts
 from dynaconv.registry import names
 from dynaconv.training.files import load_model, save_model
 from dynaconv.training.model import Config, build
-from dynaconv.training.text_model import TextConfig, build_text, label
+from dynaconv.training.text_model import TextConfig, build_text, label, logits
 from tests.data.folders import make_folder
 
 SMALL = ["--widths", "4,8", "--size", "16", "--batch", "2", "--epochs", "2"]
@@ -423,3 +423,49 @@ def test_demo_of_texts(tmp_path, monkeypatch):
 def test_a_killed_text_training_goes_on_and_ends_the_same(texts, tmp_path):
     arguments = ["train", str(texts), "--layer", "dyconv", *TINY_TEXT, "--epochs", "60"]
     _killed_and_undisturbed(arguments, tmp_path)
+
+
+# Export ------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def onnxruntime():
+    pytest.importorskip("onnx")
+    pytest.importorskip("onnxscript")
+    return pytest.importorskip("onnxruntime")
+
+
+def test_an_exported_model_predicts_the_same(checkpoint, image, tmp_path, onnxruntime):
+    out = tmp_path / "onnx" / "model.onnx"
+    said = succeeds("export", checkpoint, out)
+    assert "inputs: image (" in said
+    assert "onnxruntime differs by" in said
+    assert files(out.parent) == ["model.onnx"]
+    pixel = np.asarray(Image.open(image), np.float32) / 255
+    session = onnxruntime.InferenceSession(out)
+    (scores,) = session.run(None, {"image": pixel.transpose(2, 0, 1)[None]})
+    succeeds("predict", checkpoint, image, "--out", tmp_path / "p")
+    predicted = np.asarray(Image.open(tmp_path / "p" / "scene_mask.png"))
+    np.testing.assert_array_equal(scores[0].argmax(0), predicted)
+
+
+def test_an_exported_model_of_texts_predicts_the_same(text_checkpoint, tmp_path, onnxruntime):
+    out = tmp_path / "text.onnx"
+    assert "inputs: tokens (" in succeeds("export", text_checkpoint, out)
+    session = onnxruntime.InferenceSession(out)
+    known = session.get_modelmeta().custom_metadata_map
+    assert json.loads(known["labels"]) == ["de", "es"]
+    characters, text = json.loads(known["characters"]), "cab é?"
+    tokens = np.array([[characters.find(character) + 1 for character in text]])
+    given = {"tokens": tokens, "mask": np.ones_like(tokens, bool)}
+    (scores,) = session.run(None, given)
+    expected = logits(*load_model(text_checkpoint), [text])
+    np.testing.assert_allclose(scores, expected.numpy(), atol=1e-4)
+
+
+def test_export_refusals(checkpoint, tmp_path, monkeypatch):
+    assert "no such checkpoint" in refused("export", tmp_path / "none.pt", tmp_path / "a.onnx")
+    monkeypatch.setattr("dynaconv.export.NEEDS", ("no_such_package",))
+    said = refused("export", checkpoint, tmp_path / "a.onnx")
+    assert "no_such_package missing; run: pip install 'dynaconv[onnx]'" in said
+    assert files(tmp_path) == []

@@ -6,6 +6,7 @@ from dynaconv.anneal import anneal, parameter_groups
 from dynaconv.catalogue import catalogue
 from dynaconv.convert import convert, select
 from dynaconv.dispatch import backend, explain
+from dynaconv.export import export_onnx
 from dynaconv.layers import *  # noqa: F403 - made by the registry
 from dynaconv.layers.costs import collect_costs
 from dynaconv.layers.gated import sparsity_loss
@@ -26,6 +27,7 @@ __all__ = [
     "collect_costs",
     "convert",
     "explain",
+    "export_onnx",
     "families",
     "functional",
     "layers",

@@ -47,6 +47,13 @@ class Kind(StrEnum):
     TEXT = "text"
 
 
+class Deform(StrEnum):
+    """What deformable convolutions become in an ONNX file."""
+
+    OPERATOR = "operator"
+    STANDARD = "standard"
+
+
 RANKS = {Kind.IMAGES: 2, Kind.TEXT: 1}
 
 
@@ -371,7 +378,7 @@ def inspect(
 
 def _inspect_image(model: "UNet", image: Path, out: Path, most: int) -> None:
     from dynaconv.data.images import read_image
-    from dynaconv.training.files import whole
+    from dynaconv.files import whole
     from dynaconv.training.kernel_pictures import draw_with_captions
 
     figure = draw_with_captions(model, read_image(image), most)
@@ -385,6 +392,29 @@ def _inspect_text(model: "TextNet", config: "TextConfig", text: str, out: Path, 
 
     check_text("--text", text)
     save_text_picture(out, draw_text_kernels(model, config, text, most))
+
+
+@app.command()
+@told()
+def export(
+    checkpoint: Annotated[Path, Argument(help="The model.pt of a training.")],
+    out: Annotated[Path, Argument(help="The file, e.g. model.onnx.")],
+    deform: Annotated[
+        Deform, Option(help="ONNX's DeformConv, or standard operators for runtimes without it.")
+    ] = Deform.OPERATOR,
+) -> None:
+    """Writes a model as an ONNX file, for batches and sizes of any kind."""
+    from dynaconv.export import export_onnx
+    from dynaconv.training.deployed import deployed
+    from dynaconv.training.files import load_model
+
+    model, example, metadata = deployed(*load_model(checkpoint))
+    try:
+        with _console().status("exporting, and comparing"):
+            written = export_onnx(model, example, out, deform=deform.value, metadata=metadata)
+    except (ImportError, ValueError) as error:
+        raise InputError(f"{checkpoint}: {error}") from None
+    _say(str(written))
 
 
 @app.command()

@@ -100,7 +100,7 @@ def mask_from_sizes(sizes: Tensor | Sequence, shape: Sequence[int]) -> Tensor:
     sizes = sizes.unsqueeze(1) if sizes.dim() == 1 else sizes
     if sizes.shape[1] != len(shape):
         raise ValueError(f"sizes have {sizes.shape[1]} dimensions, shape has {len(shape)}")
-    mask = torch.ones(len(sizes), *shape, dtype=torch.bool, device=sizes.device)
+    mask = torch.ones(sizes.shape[0], *shape, dtype=torch.bool, device=sizes.device)
     for d, length in enumerate(shape):
         along = [-1 if i == d else 1 for i in range(len(shape))]
         index = torch.arange(length, device=sizes.device).reshape(1, *along)
@@ -120,7 +120,12 @@ def sizes_from_mask(mask: Tensor) -> Tensor:
 
 
 def output_mask(mask: Tensor, geometry: Geometry) -> Tensor:
-    """The mask of a convolution's output: the positions that each sample has when alone."""
+    """The mask of a convolution's output: the positions that each sample has when alone.
+
+    Where the output is as large as the input at any size, it is `mask` itself.
+    """
+    if all(s == 1 and 2 * p == d * (k - 1) for k, s, p, d in zip(*geometry, strict=True)):
+        return mask
     sizes = sizes_from_mask(mask)
     columns = geometry.output_size(sizes.unbind(1))  # type: ignore[arg-type]
     shape = geometry.output_size(mask.shape[1:])

@@ -5,7 +5,8 @@ import pytest
 import torch
 
 from dynaconv.data.errors import InputError
-from dynaconv.training.files import check_writable, load_model, save_model, whole
+from dynaconv.files import whole
+from dynaconv.training.files import check_writable, load_model, save_model
 from dynaconv.training.model import Config, build
 
 SMALL = Config(layer="odconv", widths=[4, 8], classes=3)

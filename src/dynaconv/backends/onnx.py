@@ -10,6 +10,7 @@ from dataclasses import replace
 from functools import reduce
 from itertools import product
 from math import prod
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -20,7 +21,18 @@ from dynaconv.backends.reference import mixture
 from dynaconv.dispatch import Backend, Problem
 from dynaconv.shapes import Geometry, zero_padded
 
+CONVS = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
 DEFORM_OPSET = 19  # the first that has DeformConv
+
+
+def conv(
+    input: Tensor, weight: Tensor, bias: Tensor | None, geometry: Geometry, groups: int
+) -> Tensor:
+    """torch's. A padding that follows a size is written into the input: ONNX's is a number."""
+    if any(isinstance(p, torch.SymInt) for p in geometry.padding):
+        input = zero_padded(input, geometry)
+        geometry = geometry._replace(padding=(0,) * len(geometry.padding))
+    return CONVS[len(geometry.kernel)](input, weight, bias, *geometry[1:], groups)
 
 
 def conv_per_sample(
@@ -114,7 +126,7 @@ def deform_conv(
         input, shifts, weight = (t.unsqueeze(-2) for t in (input, shifts, weight))
         modulation = None if modulation is None else modulation.unsqueeze(-2)
         return deform_conv(input, shifts, weight, bias, modulation, tall, groups).squeeze(-2)
-    attributes = {
+    attributes: dict[str, Any] = {
         "kernel_shape": list(geometry.kernel),
         "strides": list(geometry.stride),
         "pads": 2 * list(geometry.padding),
@@ -166,7 +178,10 @@ def supports(problem: Problem) -> str | None:
     return None
 
 
-FUNCTIONS = (conv_per_sample, conv_mixture, conv_per_position, conv_transpose_per_sample)
+FUNCTIONS = (
+    *(conv, conv_per_sample, conv_mixture, conv_per_position),
+    conv_transpose_per_sample,
+)
 # The exporter writes an inverse real FFT that onnxruntime refuses.
 STANDARD = Backend("onnx", supports, {f.__name__: f for f in FUNCTIONS}, has_fft=False)
 WITH_DEFORM = replace(STANDARD, functions=STANDARD.functions | {"deform_conv": deform_conv})

@@ -1,6 +1,7 @@
 """Resizing in the Fourier domain: to whole sizes, or to learned sizes through a soft mask."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -80,7 +81,7 @@ def resized_shape(
     shape: Sequence[int], size: Tensor, smoothness: float = 4.0, published: bool = False
 ) -> tuple[int, ...]:
     """The output's spatial shape for an input of spatial shape `shape` and learned sizes (D,)."""
-    lengths = []
+    lengths: list[Any] = []
     for d, (length, wanted) in enumerate(zip(shape, size.detach(), strict=True)):
         last = d == len(shape) - 1
         if published:
@@ -89,7 +90,7 @@ def resized_shape(
         else:
             kept = _mask(length, wanted, smoothness).count_nonzero()
             kept = torch.where(kept > length // 2, length, 2 * kept - 1)
-        lengths.append(int(kept))
+        lengths.append(kept.item())  # not int(): that would ask for the value in an exported graph
         # What torch.compile has to know of a size that it cannot read.
         torch._check(lengths[-1] >= 1)
         torch._check(lengths[-1] <= length)

@@ -343,7 +343,7 @@ def _low_pass(x: Tensor, band: float) -> list[Tensor]:
         # In tensors: an exported graph knows the length no earlier.
         whole = torch.scalar_tensor(length, dtype=torch.float64, device=x.device)
         start, stop = ((whole / 2 + side * whole / (2 * band)).round() for side in (-1, 1))
-        from_centre = (torch.arange(length, device=x.device) + length // 2) % length
+        from_centre = (torch.arange(length, device=x.device) + length // 2) % whole
         kept.append((from_centre >= start) & (from_centre < stop))
     return kept
 

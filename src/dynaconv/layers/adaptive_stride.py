@@ -1,7 +1,7 @@
 """The stride chosen per input: each sample's output has a size of its own."""
 
 from collections.abc import Sequence
-from math import log
+from math import floor, log
 from typing import Any
 
 import torch
@@ -16,8 +16,6 @@ from dynaconv.layers.base import ConvNd, DynamicConv, at_least, positive
 from dynaconv.layers.costs import add_cost
 from dynaconv.masking import Padded, crop, mask_from_sizes, pad_batch, sizes_from_mask
 from dynaconv.registry import register_family
-
-UNEXPORTED = "how many positions a sample gets follows its values: no graph has such sizes"
 
 
 @register_family(
@@ -78,8 +76,6 @@ class AdaptiveStrideConv(DynamicConv):
 
     def forward(self, input: Tensor, padding_mask: Tensor | None = None) -> Any:
         """Padded, or with `restore` a tensor (N, C_out, *L_out)."""
-        if torch.compiler.is_exporting():
-            raise ValueError(f"{type(self).__name__}: {UNEXPORTED}")
         x, mask = self.prepare(input, padding_mask)
         stride = self.generate(x, mask)["stride"]
         add_cost(lambda: (stride.new_tensor(self.stride) / stride).prod(1).mean())
@@ -152,7 +148,7 @@ class AdaptiveStrideConv(DynamicConv):
     def largest_size(self, size: tuple[int, ...]) -> list[int]:
         """No output for an input of spatial shape `size` is larger, whatever its stride."""
         low = self.low * (1 - 2**-23)  # float32 may have rounded a stride down
-        return [int(last / low + 1e-5) + 1 + self.restore for last in self.lasts(size)]
+        return [floor(last / low + 1e-5) + 1 + self.restore for last in self.lasts(size)]
 
     def lasts(self, size: Sequence[Any]) -> list[Any]:
         """Where the last output lies in an input of spatial shape `size`, once a dimension."""
@@ -183,10 +179,6 @@ class AdaptiveStrideConv(DynamicConv):
         if not self.restore:
             raise ValueError("restore=False gives a padded batch and its mask, not a tensor")
         self.weight.copy_(conv.weight)
-
-    @classmethod
-    def limits(cls, arguments: dict[str, Any]) -> dict[str, str]:
-        return super().limits(arguments) | dict.fromkeys(("export", "onnx"), UNEXPORTED)
 
     @classmethod
     def samples(cls, rank: int) -> list[dict[str, Any]]:

@@ -1,6 +1,8 @@
 """ContMixConv: kernels from the affinity to region centres (Lou, CVPR 2025)."""
 
-from functools import partial
+from collections.abc import Sequence
+from functools import partial, reduce
+from itertools import product
 from math import gcd, prod
 from typing import Any
 
@@ -175,6 +177,8 @@ def conv_inside(x: Tensor, weight: Tensor, d: int = 0) -> Tensor:
     """
     rank = x.dim() - 2
     kernel = weight.shape[2 : 2 + rank]
+    if torch.compiler.is_exporting():  # the parts of all dimensions make a large graph
+        return _inside_by_taps(x, weight, kernel)
     if d == rank:
         size = zip(x.shape[2:], kernel, weight.shape[2 + rank :], strict=True)
         stride = [1 if length == k + out - 1 else k for length, k, out in size]
@@ -190,3 +194,20 @@ def conv_inside(x: Tensor, weight: Tensor, d: int = 0) -> Tensor:
         parts.append((after.repeat(copies), length - edge, edge))
     outputs = [conv_inside(v, weight.narrow(axis + rank, i, n), d + 1) for v, i, n in parts]
     return torch.cat(outputs, axis)
+
+
+def _inside_by_taps(x: Tensor, weight: Tensor, kernel: Sequence[int]) -> Tensor:
+    """`conv_inside`, a tap after the other."""
+    starts = [
+        (torch.arange(length, device=x.device) - k // 2).clamp(0, length - k)
+        for length, k in zip(x.shape[2:], kernel, strict=True)
+    ]
+    x = x.unflatten(1, (weight.shape[1], -1))
+    taps = weight.unsqueeze(2).flatten(3, 2 + len(kernel))
+    parts = []
+    for number, tap in enumerate(product(*map(range, kernel))):
+        seen = x
+        for d, (i, start) in enumerate(zip(tap, starts, strict=True), start=3):
+            seen = seen.index_select(d, start + i)
+        parts.append(taps[:, :, :, number] * seen)
+    return reduce(torch.add, parts).flatten(1, 2)

@@ -13,8 +13,6 @@ from dynaconv.masking import each_size, fill_up, mask_from_sizes, sizes_from_mas
 from dynaconv.registry import register_family
 from dynaconv.shapes import Geometry
 
-UNEXPORTED = "the output's size follows a parameter's value, which torch.export does not read"
-
 
 @register_family("learned_stride", primitive="spectral_resize", paper="Riad et al., ICLR 2022")
 class LearnedStrideConv(DynamicConv):
@@ -135,8 +133,6 @@ class LearnedStrideConv(DynamicConv):
         return {"stride": self.bounded_strides().expand(x.shape[0], -1)}
 
     def compute(self, x: Tensor, mask: Tensor | None) -> Tensor:
-        if torch.compiler.is_exporting():
-            raise ValueError(f"{type(self).__name__}: {UNEXPORTED}")
         x, padding = self.pad(x)
         y = conv(x, self.weight, self.bias, 1, padding, self.dilation, self.groups)
         return self.resize(y) if mask is None else self.resize_each(y, mask)
@@ -188,10 +184,11 @@ class LearnedStrideConv(DynamicConv):
 
     @classmethod
     def limits(cls, arguments: dict[str, Any]) -> dict[str, str]:
-        found = dict.fromkeys(("export", "onnx"), UNEXPORTED)
-        found["vmap"] = "stacked layers whose strides differ have outputs of different sizes"
-        found["compile_mask"] = "each sample's real size and the strides decide the output's size"
-        return super().limits(arguments) | found
+        return super().limits(arguments) | {
+            "onnx": "ONNX has no stable sort and no FFT of a size that a parameter decides",
+            "vmap": "stacked layers whose strides differ have outputs of different sizes",
+            "compile_mask": "each sample's real size and the strides decide the output's size",
+        }
 
     @classmethod
     def samples(cls, rank: int) -> list[dict[str, Any]]:

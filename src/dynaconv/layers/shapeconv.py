@@ -15,7 +15,6 @@ from dynaconv.registry import register_family
 from dynaconv.shapes import Geometry, ntuple, same_padding, surely
 
 KERNELS = ("area", "pinv", "continuous")
-FREE_SIZES = "the kernel's size follows the input's: export with fixed sizes, the batch alone free"
 SizeRule = int | float | Sequence[int | float] | Callable[[tuple[int, ...]], int | Sequence[int]]
 
 
@@ -95,13 +94,11 @@ class ShapeConv(DynamicConv):
 
     def kernel_size_at(self, size: tuple[int, ...]) -> tuple[int, ...]:
         """Taps of the kernel for an input of spatial shape `size`."""
-        if any(isinstance(n, torch.SymInt) for n in size):
-            raise ValueError(f"{type(self).__name__}: {FREE_SIZES}")
         if callable(self.size_rule):
             return ntuple(self.size_rule(tuple(size)), self.rank, "kernel_size(shape)")
         reference = self.reference or size
         return tuple(
-            max(1, int(k * n + 0.5)) if isinstance(k, float) else k + 2 * growth(k, n / r)
+            max(1, floor(k * n + 0.5)) if isinstance(k, float) else k + 2 * growth(k, n / r)
             for k, n, r in zip(self.size_rule, size, reference, strict=True)
         )
 
@@ -199,8 +196,10 @@ class ShapeConv(DynamicConv):
 
     @classmethod
     def limits(cls, arguments: dict[str, Any]) -> dict[str, str]:
-        found = dict.fromkeys(("export", "onnx"), FREE_SIZES)
-        found["compile_mask"] = "each sample's real size decides the size of its own kernel"
+        found = {"compile_mask": "each sample's real size decides the size of its own kernel"}
+        if arguments.get("kernel") == "pinv":
+            reason = "kernels that grow have another pseudo-inverse than those that shrink"
+            found |= {"export": reason, "onnx": reason}
         return super().limits(arguments) | found
 
     @classmethod

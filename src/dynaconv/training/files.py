@@ -2,11 +2,8 @@
 
 import csv
 import json
-import os
 import tempfile
-import uuid
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -17,6 +14,7 @@ from PIL import Image
 from torch import nn
 
 from dynaconv.data.errors import InputError
+from dynaconv.files import whole
 from dynaconv.training.model import Config, RunConfig, build
 from dynaconv.training.text_model import TextConfig, build_text
 
@@ -25,21 +23,6 @@ FORMATS: dict[str, tuple[type[RunConfig], Callable[[Any], nn.Module]]] = {
     "dynaconv segmentation 1": (Config, build),
     "dynaconv text 1": (TextConfig, build_text),
 }
-
-
-@contextmanager
-def whole(path: Path | str) -> Iterator[Path]:
-    """A temporary path beside `path` that takes its place when the block ends without error."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.stem}.{uuid.uuid4().hex}{path.suffix}")
-    try:
-        yield temporary
-        with open(temporary, "rb") as written:
-            os.fsync(written.fileno())
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def check_writable(folder: Path) -> None:

@@ -9,9 +9,9 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
 from dynaconv.data.digits import BACKGROUND, CLASS_NAMES, SIZE_BUCKETS, InMemory
+from dynaconv.files import whole
 from dynaconv.registry import families
 from dynaconv.training.demo import Result, percent, rows
-from dynaconv.training.files import whole
 from dynaconv.training.kernel_pictures import Kernels, captions, capture, draw_kernels
 from dynaconv.training.model import STATIC, predict
 from dynaconv.training.pictures import colours, frame, paint, panels, show_image

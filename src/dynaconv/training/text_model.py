@@ -75,7 +75,7 @@ class Block(nn.Module):
 
 def resized(x: Tensor, mask: Tensor, kept: Tensor) -> Tensor:
     """x (N, C, L) at the lengths of the mask `kept`, for layers that learn a stride."""
-    if mask.shape == kept.shape and torch.equal(mask, kept):
+    if kept is mask or (mask.shape == kept.shape and torch.equal(mask, kept)):
         return x
     size = kept.shape[1]
     lengths = torch.cat([sizes_from_mask(mask), sizes_from_mask(kept)], 1).tolist()

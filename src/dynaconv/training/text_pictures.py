@@ -18,7 +18,7 @@ from matplotlib.ticker import MaxNLocator
 from torch import Tensor
 
 from dynaconv.data.text import encode, index_of, normal
-from dynaconv.training.files import whole
+from dynaconv.files import whole
 from dynaconv.training.kernel_pictures import (
     BLUE,
     Ground,

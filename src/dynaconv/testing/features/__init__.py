@@ -7,6 +7,8 @@ cannot do, `limits` of its class says with the reason, and then the check has to
 """
 
 from dynaconv.testing.features import compile as compile
+from dynaconv.testing.features import export as export
+from dynaconv.testing.features import onnx as onnx
 from dynaconv.testing.features import transforms as transforms
 from dynaconv.testing.features.registry import (
     FEATURES,
