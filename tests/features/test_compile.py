@@ -18,11 +18,11 @@ from dynaconv.testing.features.compile import CALLS, compare, compiled, inputs, 
 from tests.features.cases import over_families
 
 slow = pytest.mark.slow
-# Three dimensions take as long to compile as one and two together, by the same code.
-planes = [
-    pytest.param(cls, arguments, id=cls.__name__) for cls, arguments in cases() if cls.rank < 3
-]
-lines = [p for p in planes if p.values[0].rank == 1]
+# Each class in 2-D, and with a mask in 1-D, causal ones included: the rest is the same code.
+planes = [pytest.param(c, a, id=c.__name__) for c, a in cases() if c.rank == 2]
+first = [(c, a) for c, a in cases() if c.rank == 1]
+causal = [(c, a) for c, a in cases(samples=None) if a.get("causal")]
+lines = [pytest.param(c, a, id=c.__name__ + "-causal" * ("causal" in a)) for c, a in first + causal]
 
 
 @pytest.mark.parametrize(("cls", "arguments"), planes)
@@ -163,7 +163,8 @@ def resampled(rank, batch, more, _):
 
 
 def resized(rank, batch, more, _):
-    return {"input": _input(rank, batch, more)}, {"size": 4}
+    # Below every length: to cut a spectrum, to fill it up and to leave it are graphs of their own.
+    return {"input": _input(rank, batch, more)}, {"size": 3}
 
 
 def resized_by_a_learned_size(rank, batch, more, _):
