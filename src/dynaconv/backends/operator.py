@@ -231,8 +231,8 @@ def few_at_a_time(batch: int, size: int) -> Iterator[slice]:
 def memory_format(input: Tensor) -> torch.memory_format:
     """channels_last where the input is (and not contiguous as well), else contiguous."""
     formats = {4: torch.channels_last, 5: torch.channels_last_3d}
-    format = formats.get(input.dim(), torch.contiguous_format)
-    if input.is_contiguous() or not input.is_contiguous(memory_format=format):
+    format = formats.get(input.dim())
+    if format is None or input.is_contiguous() or not input.is_contiguous(memory_format=format):
         return torch.contiguous_format
     return format
 

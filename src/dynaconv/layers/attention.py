@@ -38,7 +38,7 @@ class SafeBatchNorm(_BatchNorm):
         For one sample of 2-D or 3-D torch's backward on the CPU gives wrong gradients where the
         gradient above it has channels that lie together (seen in 2.13 and 2.14).
         """
-        if input.shape[0] != 1 or input.dim() < 4:
+        if input.dim() < 4 or input.shape[0] != 1:
             return super().forward(input)
         return super().forward(input.flatten(2)).unflatten(2, input.shape[2:])
 

@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from dynaconv.dispatch import values_unknown
 from dynaconv.functional._checks import check_tensors
 
 if TYPE_CHECKING:
@@ -52,21 +53,26 @@ def whole(layer: "DynamicConv", x: Tensor, mask: Tensor | None) -> Tensor:
 
 
 def _each_prefix(layer: "DynamicConv", past: Tensor, x: Tensor, mask: Tensor | None) -> Tensor:
-    """Every real position is a sample of its own: its window, and the mean up to it."""
+    """Every real position is a sample of its own: its window, and the mean up to it.
+
+    Where no size can follow a mask's values, all positions are, but for training, where they would
+    enter the statistics of a batch norm.
+    """
     batch, _, length = x.shape
-    real = x.new_ones(batch, length, dtype=torch.bool) if mask is None else mask
     windows = past.unfold(2, layer.past + 1, 1).transpose(1, 2)
     count = torch.arange(1, length + 1, device=x.device)
     means = (_sums(x).cumsum(2) / count).to(x.dtype).transpose(1, 2)
-    if mask is None:
-        windows, means = windows.flatten(0, 1), means.flatten(0, 1)
+    picks = mask is not None and (layer.training or not values_unknown())
+    if picks:
+        windows, means = windows[mask], means[mask]
     else:
-        windows, means = windows[real], means[real]
+        windows, means = windows.flatten(0, 1), means.flatten(0, 1)
     output = layer.convolve(windows, **layer.generate(means.unsqueeze(2), None)).squeeze(2)
-    if mask is not None:
+    if picks:
         blank = output.new_zeros(batch, length, output.shape[1])
-        return blank.masked_scatter(real.unsqueeze(2), output).transpose(1, 2)
-    return output.unflatten(0, (batch, length)).transpose(1, 2)
+        return blank.masked_scatter(mask.unsqueeze(2), output).transpose(1, 2)  # type: ignore[union-attr]
+    output = output.unflatten(0, (batch, length)).transpose(1, 2)
+    return output if mask is None else output.masked_fill(~mask.unsqueeze(1), 0)
 
 
 def step(layer: "DynamicConv", x: Tensor, state: State | None) -> tuple[Tensor, State]:

@@ -88,11 +88,16 @@ class _Deform(DynamicConv):
 
     @property
     def past(self) -> int:
-        return super().past + self.reach
+        return self._span + self.reach
+
+    @property
+    def _span(self) -> int:
+        """How far back the first tap is at rest; torch.compile reads no property of super()."""
+        return self.dilation[0] * (self.kernel_size[0] - 1)
 
     def _not_ahead(self, offset: Tensor) -> Tensor:
         """Offsets (N, offset_groups * K, T) that leave each tap at its window's end at most."""
-        room = super().past - self.dilation[0] * torch.arange(self.kernel_size[0])
+        room = self._span - self.dilation[0] * torch.arange(self.kernel_size[0])
         room = room.repeat(self.offset_groups).unsqueeze(1)
         return offset.minimum(room.to(offset))
 

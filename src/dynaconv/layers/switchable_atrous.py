@@ -242,6 +242,8 @@ def _pool(x: Tensor, d: int, centres: Tensor, size: int | Tensor) -> Tensor:
 
 def _reflected(position: Tensor, size: int | Tensor) -> Tensor:
     """Any position as one within range(size), reflected at both ends as often as needed."""
+    if not isinstance(size, Tensor):  # ONNX divides by a size only as a tensor
+        size = torch.scalar_tensor(size, dtype=torch.long, device=position.device)
     last = size - 1
     period = 2 * last + (last == 0) * 1
     folded = position % period
