@@ -34,8 +34,14 @@ for file in pathlib.Path(sys.argv[1]).iterdir():
 """
 
 
-@over_families("export")
+@over_families("export", ranks=(1, 2))
 def test_exports(cls, arguments):
+    check_feature("export", cls, arguments)
+
+
+@pytest.mark.slow
+@over_families("export", ranks=(3,))
+def test_exports_in_3d(cls, arguments):
     check_feature("export", cls, arguments)
 
 
