@@ -186,6 +186,7 @@ class Net(nn.Module):
 
 
 @pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:.*treespec:FutureWarning")  # of torch, met in unpickling
 @pytest.mark.skipif(shutil.which("g++") is None, reason="AOTInductor compiles C++")
 @pytest.mark.parametrize("name", ["odconv", "involution"])
 def test_aot_inductor_package_runs_elsewhere(name, tmp_path):
