@@ -34,8 +34,14 @@ for file in pathlib.Path(sys.argv[1]).iterdir():
 """
 
 
-@over_families("export")
+@over_families("export", ranks=(1, 2))
 def test_exports(cls, arguments):
+    check_feature("export", cls, arguments)
+
+
+@pytest.mark.slow
+@over_families("export", ranks=(3,))
+def test_exports_in_3d(cls, arguments):
     check_feature("export", cls, arguments)
 
 
@@ -180,6 +186,7 @@ class Net(nn.Module):
 
 
 @pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:.*treespec:FutureWarning")  # of torch, met in unpickling
 @pytest.mark.skipif(shutil.which("g++") is None, reason="AOTInductor compiles C++")
 @pytest.mark.parametrize("name", ["odconv", "involution"])
 def test_aot_inductor_package_runs_elsewhere(name, tmp_path):

@@ -1,7 +1,7 @@
 """The stride chosen per input: each sample's output has a size of its own."""
 
 from collections.abc import Sequence
-from math import floor, log
+from math import log, trunc
 from typing import Any
 
 import torch
@@ -150,7 +150,7 @@ class AdaptiveStrideConv(DynamicConv):
     def largest_size(self, size: tuple[int, ...]) -> list[int]:
         """No output for an input of spatial shape `size` is larger, whatever its stride."""
         low = self.low * (1 - 2**-23)  # float32 may have rounded a stride down
-        return [floor(last / low + 1e-5) + 1 + self.restore for last in self.lasts(size)]
+        return [trunc(last / low + 1e-5) + 1 + self.restore for last in self.lasts(size)]
 
     def lasts(self, size: Sequence[Any]) -> list[Any]:
         """Where the last output lies in an input of spatial shape `size`, once a dimension."""

@@ -1,7 +1,7 @@
 """The kernel's size follows the input's shape; one set of weights serves every size."""
 
 from collections.abc import Callable, Sequence
-from math import floor, prod
+from math import prod, trunc
 from typing import Any
 
 import torch
@@ -100,7 +100,7 @@ class ShapeConv(DynamicConv):
             return ntuple(self.size_rule(tuple(size)), self.rank, "kernel_size(shape)")
         reference = self.reference or size
         return tuple(
-            max(1, floor(k * n + 0.5)) if isinstance(k, float) else k + 2 * growth(k, n / r)
+            max(1, trunc(k * n + 0.5)) if isinstance(k, float) else k + 2 * growth(k, n / r)
             for k, n, r in zip(self.size_rule, size, reference, strict=True)
         )
 
@@ -223,4 +223,5 @@ class ShapeConv(DynamicConv):
 
 def growth(taps: int, ratio: float) -> int:
     """By how many taps on each side a kernel grows (or shrinks, to 1 or 2) with its input."""
-    return max(-((taps - 1) // 2), floor(taps * (ratio - 1) / 2 + 0.5))
+    # trunc of what is positive, for torch.export cannot save floor.
+    return max(-((taps - 1) // 2), trunc(taps * (ratio + 1) / 2 + 0.5) - taps)
