@@ -205,7 +205,7 @@ def test_refusals():
     cls, conv = dynaconv.LDConv2d, nn.Conv2d(4, 6, 3)
     for error, text, call in (
         (ValueError, "taps=0 must be at least 1", lambda: cls(4, 6, 1, taps=0)),
-        (TypeError, "taps=2.5 must be int", lambda: cls(4, 6, 1, taps=2.5)),
+        (TypeError, "taps=2.5 must be an int", lambda: cls(4, 6, 1, taps=2.5)),
         (ValueError, "border='reflect'; choose", lambda: cls(4, 6, 1, border="reflect")),
         (ValueError, "taps=5 are not those", lambda: cls.from_conv(conv, taps=5)),
         (ValueError, "only with border='zeros'", lambda: cls.from_conv(conv, border="clamp")),

@@ -388,7 +388,7 @@ def test_refusals(cls, arguments, text):
 
 
 def test_no_position():
-    with pytest.raises(ValueError, match="no position"):
+    with pytest.raises(ValueError, match="at least 1 position"):
         dynaconv.ContMixConv1d(8, 8, 5, padding=2)(torch.zeros(2, 8, 0))
 
 

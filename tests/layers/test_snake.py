@@ -210,7 +210,7 @@ def test_offset(rank):
 def test_padding_has_no_part_in_the_statistics(rank, norm):
     geometry = {"kernel_size": 3, "stride": 1, "padding": 1, "dilation": 1, "groups": 1}
     layer, x, _ = make("snake", rank, geometry, norm=norm)
-    padded, mask = dynaconv.pad_batch([x[0], torch.zeros(4, *[7] * rank)])
+    padded, mask = dynaconv.pad_batch([x[0], torch.zeros(4, *[7] * rank, dtype=x.dtype)])
     alone, together = layer.train()(x[:1]), layer(padded[:1], mask[:1])
     size = tuple(slice(length) for length in x.shape[2:])
     close(together[(..., *size)], alone, "padded, in training")
