@@ -4,6 +4,7 @@ import re
 from pathlib import Path
 
 import pytest
+import torch
 
 import dynaconv
 
@@ -79,3 +80,16 @@ def test_the_short_table_is_that_of_the_benchmarks(path):
         }
         for ratio, i in zip(ratios, (0, 2, 5), strict=True):
             assert ratio == f"{rows[rival][i] / rows['dynaconv'][i]:.1f}x"
+
+
+def test_exports_of_the_deployment_page_run(capsys, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    page = (ROOT / "docs" / "deploy.md").read_text(encoding="utf-8").split("## Freeze")[0]
+    names = {}
+    for kind, block in FENCED.findall(page):
+        assert kind == "python"
+        exec(block, names)
+    saved = torch.export.load(tmp_path / "model.pt2").module()
+    x = torch.randn(3, 3, 20, 24)
+    torch.testing.assert_close(saved(x), names["model"](x))
+    assert "onnxruntime differs by" in capsys.readouterr().out

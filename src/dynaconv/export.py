@@ -105,7 +105,7 @@ def export_onnx(
     if sum(t.nbytes for t in model.state_dict().values() if isinstance(t, Tensor)) > MOST_BYTES:
         raise ValueError("the model's parameters take more than the 2 GB of an ONNX file")
     with evaluating(model), torch.no_grad():
-        inputs, named = _inputs(model, example)
+        inputs, named = _inputs(model, example, doubled=dynamic != "none")
         with preferring(DEFORM[deform]):
             program = _graph(model, inputs, named, _free(inputs, dynamic))
             onnx = _translated(program, opset)
@@ -160,10 +160,10 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 # What goes in ------------------------------------------------------------------------------
 
 
-def _inputs(model: nn.Module, example: Example) -> tuple[Inputs, bool]:
+def _inputs(model: nn.Module, example: Example, doubled: bool) -> tuple[Inputs, bool]:
     """The example's tensors by name, and whether the model is given them by name.
 
-    A batch of one is doubled: torch.export takes a size of 1 for fixed.
+    A batch of one is `doubled` where it is to be free: torch.export takes a size of 1 for fixed.
     """
     named = isinstance(example, Mapping)
     if isinstance(example, Mapping):
@@ -178,7 +178,7 @@ def _inputs(model: nn.Module, example: Example) -> tuple[Inputs, bool]:
             raise TypeError(f"example: {name} is {type(tensor).__name__}; give tensors alone")
     if not inputs:
         raise ValueError("example: there is no input")
-    if all(t.dim() and t.shape[0] == 1 for t in inputs.values()):
+    if doubled and all(t.dim() and t.shape[0] == 1 for t in inputs.values()):
         inputs = {name: torch.cat([t, t]) for name, t in inputs.items()}
     return inputs, named
 

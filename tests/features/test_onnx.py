@@ -164,3 +164,11 @@ def test_an_export_that_differs_is_refused(monkeypatch, tmp_path):
         dynaconv.export_onnx(
             dynaconv.ODConv1d(4, 6, 3, padding=1), torch.randn(2, 4, 9), tmp_path / "a.onnx"
         )
+
+
+@pytest.mark.parametrize(("dynamic", "shape"), [("none", (1, 4, 6, 6)), ("batch", ("?", 4, 6, 6))])
+def test_sizes_that_are_fixed(dynamic, shape, tmp_path):
+    layer = dynaconv.DyConv2d(4, 4, 3, padding=1)
+    written = dynaconv.export_onnx(layer, torch.randn(1, 4, 6, 6), tmp_path / "m.onnx", dynamic)
+    given = tuple(n if isinstance(n, int) else "?" for n in written.inputs["input"])
+    assert given == shape

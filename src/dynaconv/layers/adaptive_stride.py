@@ -84,8 +84,9 @@ class AdaptiveStrideConv(DynamicConv):
         data, kept = self.strided(x, mask, stride)
         if self.restore:
             data = self.restored(data, stride, self.output_size(tuple(x.shape[2:])))
-            return data if input.dim() == x.dim() else data.squeeze(0)
-        return Padded(data, kept) if input.dim() == x.dim() else Padded(data[0], kept[0])  # type: ignore[index]
+            return self.finish(data, x, input)
+        kept = kept if input.dim() == x.dim() else kept[0]  # type: ignore[index]
+        return Padded(self.finish(data, x, input), kept)
 
     def strided(self, x: Tensor, mask: Tensor | None, stride: Tensor) -> Padded:
         """Each sample at its own stride; those of one input and output size go together."""

@@ -13,6 +13,7 @@ from torch.nn.modules.conv import _ConvNd as ConvNd
 from torch.nn.parameter import is_lazy
 
 from dynaconv import masking
+from dynaconv.dispatch import is_channels_last
 from dynaconv.functional import conv as convolve
 from dynaconv.functional import conv_mixture, conv_per_position, conv_per_sample, deform_conv
 from dynaconv.functional._checks import (
@@ -35,6 +36,7 @@ from dynaconv.layers.tracing import one_node
 from dynaconv.shapes import Geometry, IntOrTuple, Padding, check_padding, ntuple, same_padding
 
 CONVS: dict[int, type[ConvNd]] = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
+CHANNELS_LAST = {2: torch.channels_last, 3: torch.channels_last_3d}
 PADDING_MODES = {"zeros": "constant", "reflect": "reflect", "replicate": "replicate"}
 PADDING_MODES["circular"] = "circular"
 
@@ -161,8 +163,7 @@ class DynamicConv(nn.Module):
     @one_node
     def forward(self, input: Tensor, padding_mask: Tensor | None = None) -> Tensor:
         x, mask = self.prepare(input, padding_mask)
-        output = self.compute(x, mask)
-        return output if input.dim() == x.dim() else output.squeeze(0)
+        return self.finish(self.compute(x, mask), x, input)
 
     def kernels(self, input: Tensor, padding_mask: Tensor | None = None) -> dict[str, Tensor]:
         """What the input made of the kernel, by name: coefficients, offsets, weights ..."""
@@ -332,6 +333,12 @@ class DynamicConv(nn.Module):
                     f"{name}: {what} has dtype {tensor.dtype}, the layer {own.dtype}; cast one, "
                     f"e.g. {what}.to({own.dtype})"
                 )
+
+    def finish(self, output: Tensor, x: Tensor, input: Tensor) -> Tensor:
+        """The output in the input's layout, without the batch dimension that `prepare` added."""
+        if is_channels_last(x):
+            output = output.contiguous(memory_format=CHANNELS_LAST[self.rank])
+        return output if input.dim() == x.dim() else output.squeeze(0)
 
     def pad(self, x: Tensor, geometry: Geometry | None = None) -> tuple[Tensor, Padding]:
         """x padded by padding_mode, and the padding that is left to the primitive.

@@ -66,8 +66,7 @@ class ModulatedConv(DynamicConv):
     ) -> Tensor:
         """style (N, style_channels), or (style_channels,) for an input without batch."""
         x, mask = self.prepare(input, padding_mask)
-        output = self.compute(x, mask, self._checked(style, x))
-        return output if input.dim() == x.dim() else output.squeeze(0)
+        return self.finish(self.compute(x, mask, self._checked(style, x)), x, input)
 
     def kernels(
         self, input: Tensor, padding_mask: Tensor | None = None, style: Tensor | None = None

@@ -94,7 +94,7 @@ class PACConv(DynamicConv):
     ) -> Tensor:
         x, mask = self.prepare(input, padding_mask)
         output = self.convolve(x, **self.generate(x, mask, guide))
-        return output if input.dim() == x.dim() else output.squeeze(0)
+        return self.finish(output, x, input)
 
     def kernels(
         self, input: Tensor, padding_mask: Tensor | None = None, guide: Tensor | None = None

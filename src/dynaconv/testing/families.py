@@ -274,7 +274,7 @@ def check_dtypes(cls: type[DynamicConv], arguments: Arguments) -> None:
 
 
 def check_layouts(cls: type[DynamicConv], arguments: Arguments) -> None:
-    """Non-contiguous and channels_last input give the same."""
+    """Non-contiguous and channels_last input give the same, the latter in its layout."""
     layer, x = randomized(cls, arguments), example(cls, arguments)
     expected = layer(x)
     views = {"transposed": x.transpose(0, -1).contiguous().transpose(0, -1)}
@@ -283,7 +283,11 @@ def check_layouts(cls: type[DynamicConv], arguments: Arguments) -> None:
         format = torch.channels_last if cls.rank == 2 else torch.channels_last_3d
         views["channels_last"] = x.to(memory_format=format)
     for name, view in views.items():
-        close(layer(view), expected, f"{cls.__name__} on {name} input")
+        output = layer(view)
+        close(output, expected, f"{cls.__name__} on {name} input")
+    if cls.rank > 1:
+        kept = output.is_contiguous(memory_format=format)
+        require(kept, f"{cls.__name__} loses channels_last: strides {output.stride()}")
 
 
 def check_refusals(cls: type[DynamicConv], arguments: Arguments) -> None:
