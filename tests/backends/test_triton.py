@@ -6,7 +6,7 @@ from math import prod
 
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import dynaconv
@@ -64,9 +64,19 @@ def test_equals_the_reference(primitive, rank, poisoned):
         for call in samples(primitive, rank, EXACT, (2,))
         if GPU or taps(primitive, rank, call[0]) <= most
     ]
-    assert len(calls) >= 4
+    if not GPU and rank == 3:
+        calls = calls[1::3]  # the others in the slow suite
+    assert len(calls) >= 2
     for tensors, options in calls:
         compare(primitive, tensors, options)
+
+
+@pytest.mark.slow
+@every_primitive
+def test_equals_the_reference_in_3d(primitive):
+    for tensors, options in samples(primitive, 3, EXACT, (1,)):
+        if GPU or taps(primitive, 3, tensors) <= 27:
+            compare(primitive, tensors, options)
 
 
 @every_primitive
@@ -188,12 +198,19 @@ RANDOM = {
 }
 
 
-@settings(
-    max_examples=12, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
-)
-@given(st.data())
 @every_primitive
-def test_random_calls(primitive, data):
+def test_random_calls(primitive):
+    few = 3 if primitive == "deform_conv" else 8  # minutes in the interpreter
+
+    @settings(max_examples=200 if GPU else few, deadline=None)
+    @given(st.data())
+    def check_one(data):
+        compare_random(primitive, data)
+
+    check_one()
+
+
+def compare_random(primitive, data):
     size, kernel, options = random_geometry(lambda strategy: data.draw(strategy))
     if not GPU and prod(kernel) > 9:
         kernel = tuple(min(k, 2) for k in kernel)

@@ -214,7 +214,7 @@ def test_primitive_compiles(name, rank, monkeypatch):
     hold(name, rank, made_by(name, 2), monkeypatch)
 
 
-@pytest.mark.parametrize("rank", [1, 2, 3])
+@pytest.mark.parametrize("rank", [1, 2, pytest.param(3, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("name", OTHERS)
 def test_other_primitive_compiles(name, rank, monkeypatch):
     hold(name, rank, OTHERS[name], monkeypatch)
@@ -225,6 +225,8 @@ def test_other_primitive_compiles(name, rank, monkeypatch):
 def test_primitive_compiles_on_each_backend(name, forced, monkeypatch):
     if name not in next(b for b in BACKENDS if b.name == forced).functions:
         pytest.skip(f"{forced} has no {name}")
+    if forced == "triton" and not torch.cuda.is_available():
+        pytest.skip("its kernels are traced in tests/backends/test_triton_compiles.py")
     with backend(forced):
         hold(name, 2, made_by(name, 2), monkeypatch)
 

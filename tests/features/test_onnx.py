@@ -70,6 +70,9 @@ class Block(nn.Module):
         return (self.bn2(self.conv2(y)) + self.shortcut(x)).relu()
 
 
+NETWORKS = ["odconv", "condconv", "involution", "deform_v2"]
+
+
 class ResNet(nn.Module):
     def __init__(self):
         super().__init__()
@@ -81,7 +84,7 @@ class ResNet(nn.Module):
 
 
 @with_onnx
-@pytest.mark.parametrize("name", ["odconv", "condconv", "involution", "deform_v2", "fdconv"])
+@pytest.mark.parametrize("name", [*NETWORKS, pytest.param("fdconv", marks=pytest.mark.slow)])
 def test_a_converted_network(name, tmp_path):
     import onnxruntime
 
