@@ -17,7 +17,7 @@ demo: $(BUILT)
 	$(BIN)/dynaconv demo
 
 test: $(BUILT)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto -m "not slow and not interop"
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist worksteal -m "not slow and not interop"
 
 slow: $(BUILT)
 	$(BIN)/python -m pytest -m slow
