@@ -6,9 +6,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from dynaconv import explain
+from dynaconv import backend, explain
 from dynaconv.functional import conv
-from dynaconv.testing import check_primitive
+from dynaconv.testing import check_primitive, close
 
 eager = importlib.import_module("dynaconv.backends.eager.conv")
 CONVS = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
@@ -156,3 +156,18 @@ def test_large_kernels_under_transforms_and_export():
     program = torch.export.export(Call(), (x, w))
     assert "conv1d" in str(program.graph) or "convolution" in str(program.graph)
     assert "fft" not in str(program.graph)
+
+
+def test_strides_beyond_the_input_have_gradients(monkeypatch):
+    """The only output sees padding alone in one dimension: its gradient is cut off whole."""
+    x = torch.randn(2, 1, 4, 4, 1, dtype=torch.float64, requires_grad=True)
+    w = torch.randn(2, 1, 2, 1, 2, dtype=torch.float64, requires_grad=True)
+    monkeypatch.setattr(eager, "all_direct", lambda *a: False)
+    monkeypatch.setattr(eager, "formulation", lambda *a: "fft")
+    results = {}
+    for name in ("eager", "reference"):
+        with backend(name):
+            y = conv(x, w, stride=2**31 - 1, padding=(2, 2, 1))
+        results[name] = (y, *torch.autograd.grad(y.square().sum(), [x, w]))
+    for a, b in zip(results["eager"], results["reference"], strict=True):
+        close(a, b, "conv with a far stride")

@@ -183,7 +183,10 @@ def cut(x: Tensor, padding: Sequence[int], plan: Plan) -> Tensor:
     pads = []
     for d, (n, b, t) in enumerate(zip(*plan, strict=True)):
         pads.append((padding[d], (t - 1) * b + n - padding[d] - x.shape[3 + d]))
-    x = F.pad(x, [p for pair in reversed(pads) for p in pair])
+    flat = [p for pair in reversed(pads) for p in pair]
+    x = F.pad(x, [max(p, 0) for p in flat])
+    if min(flat) < 0:  # afterwards: more may be cut off at one end than was there
+        x = F.pad(x, [min(p, 0) for p in flat])
     for d, (n, b, _) in enumerate(zip(*plan, strict=True)):
         x = x.unfold(3 + d, n, b)
     return x
