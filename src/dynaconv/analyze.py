@@ -6,7 +6,6 @@ from dataclasses import dataclass
 from math import prod
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvTransposeNd
 from torch.utils.flop_counter import FlopCounterMode
@@ -14,6 +13,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from dynaconv.functional._checks import check_module
 from dynaconv.layers.base import ConvNd, DynamicConv
 from dynaconv.layers.upsampler import Upsampler
+from dynaconv.modules import evaluating
 
 PARTS = ("generation", "mixing", "convolution")
 
@@ -93,16 +93,13 @@ def analyze(model: nn.Module, *inputs: Tensor, **kwargs: Any) -> Analysis:
         return hook
 
     hooks = [m.register_forward_hook(count_static(name)) for name, m in layers.items()]
-    training = {module: module.training for module in model.modules()}
     counter = FlopCounterMode(display=False)
     try:
-        with torch.no_grad(), counter:
-            model.eval()(*inputs, **kwargs)
+        with evaluating(model), counter:
+            model(*inputs, **kwargs)
     finally:
         for hook in hooks:
             hook.remove()
-        for module, mode in training.items():
-            module.training = mode
     counts = {name: sum(ops.values()) // 2 for name, ops in counter.get_flop_counts().items()}
     root = type(model).__name__
     rows = [

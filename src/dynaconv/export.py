@@ -18,6 +18,7 @@ from torch.utils._pytree import tree_leaves
 from dynaconv.backends.onnx import DEFORM_OPSET, STANDARD, WITH_DEFORM
 from dynaconv.dispatch import preferring
 from dynaconv.files import whole
+from dynaconv.modules import evaluating
 
 if TYPE_CHECKING:
     from torch.onnx import ONNXProgram
@@ -104,7 +105,7 @@ def export_onnx(
         raise ValueError(f"deform={deform!r}; choose from {list(DEFORM)}")
     if sum(t.nbytes for t in model.state_dict().values() if isinstance(t, Tensor)) > MOST_BYTES:
         raise ValueError("the model's parameters take more than the 2 GB of an ONNX file")
-    with evaluating(model), torch.no_grad():
+    with evaluating(model):
         inputs, named = _inputs(model, example, doubled=dynamic != "none")
         with preferring(DEFORM[deform]):
             program = _graph(model, inputs, named, _free(inputs, dynamic))
@@ -143,18 +144,6 @@ def _check_packages() -> None:
         raise ImportError(
             f"export_onnx: {', '.join(missing)} missing; run: pip install 'dynaconv[onnx]'"
         )
-
-
-@contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """Every module in evaluation mode, and back in its own after the block."""
-    modes = {module: module.training for module in model.modules()}
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, training in modes.items():
-            module.training = training
 
 
 # What goes in ------------------------------------------------------------------------------

@@ -1,18 +1,16 @@
 """Replaces dynamic layers whose kernels hardly vary by the static convolutions they amount to."""
 
 import copy
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from dynaconv.convert import select
 from dynaconv.layers.base import DynamicConv
-from dynaconv.modules import count_parameters, dynamic_layers, put
+from dynaconv.modules import count_parameters, dynamic_layers, evaluating, put
 from dynaconv.static.study import Error, FrozenLayer, Study
 
 Where = Callable[[str, DynamicConv], bool]
@@ -91,7 +89,7 @@ def freeze(
         raise ValueError(f"tolerance={tolerance} must be at least 0")
     batches = _batches(inputs)
     studies = _studies(model, where)
-    with _evaluating(model):
+    with evaluating(model):
         _run(model, batches, studies, lambda i: not _held_out(i), Study.learn)
         for study in set(studies.values()):
             study.solve()
@@ -101,7 +99,7 @@ def freeze(
     for row in rows:
         if row.frozen:
             frozen = put(frozen, row.name, studies[row.name].best.conv)
-    with _evaluating(model), _evaluating(frozen):
+    with evaluating(model), evaluating(frozen):
         error = _model_error(model, frozen, batches)
     parameters = (count_parameters(model), count_parameters(frozen))
     if inplace:
@@ -160,19 +158,6 @@ def _arguments(batch: Any) -> tuple[tuple, dict[str, Any]]:
 
 def _held_out(index: int) -> bool:
     return index % HELD_OUT == 1
-
-
-@contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode without gradients; each module's own mode comes back."""
-    training = {module: module.training for module in model.modules()}
-    try:
-        with torch.no_grad():
-            model.eval()
-            yield
-    finally:
-        for module, mode in training.items():
-            module.training = mode
 
 
 def _run(

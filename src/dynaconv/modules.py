@@ -1,7 +1,9 @@
-"""Finding and replacing the layers of a model."""
+"""Finding and replacing the layers of a model, and running it as it is used."""
 
 from collections.abc import Iterator
+from contextlib import contextmanager
 
+import torch
 from torch import nn
 from torch.nn.parameter import is_lazy
 
@@ -29,3 +31,16 @@ def put(model: nn.Module, name: str, layer: nn.Module) -> nn.Module:
 def count_parameters(model: nn.Module) -> int:
     """Numbers in the model's parameters, lazy ones left out."""
     return sum(p.numel() for p in model.parameters() if not is_lazy(p))
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Evaluation mode without gradients; each module's own mode comes back."""
+    modes = {module: module.training for module in model.modules()}
+    try:
+        with torch.no_grad():
+            model.eval()
+            yield
+    finally:
+        for module, training in modes.items():
+            module.training = training

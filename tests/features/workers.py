@@ -1,5 +1,7 @@
 """What processes of test_parallel run: found there by its name."""
 
+from functools import partial
+
 import torch
 import torch.distributed as dist
 from torch import nn
@@ -9,9 +11,9 @@ from torch.nn.parallel import DistributedDataParallel
 
 import dynaconv
 from dynaconv.masking import mask_from_sizes
-from dynaconv.testing.families import SIZES, randomized
-from dynaconv.testing.features.learning import Classifier, examples
-from dynaconv.testing.features.parallel import check_ways
+from dynaconv.testing.families import SIZES
+from dynaconv.testing.features.learning import examples
+from dynaconv.testing.features.parallel import check_ways, randomized_classifier
 
 
 def body(channels):
@@ -58,17 +60,11 @@ def train_shared(make):
 
 def train_padded(cls, arguments):
     """Samples of other sizes in each process: the statistics are those of all real positions."""
-
-    def model():
-        torch.manual_seed(0)
-        classifier = Classifier(cls, arguments).double()
-        classifier.layer = randomized(cls, arguments)
-        return classifier.train()
-
     torch.manual_seed(1)
     x, labels = examples(cls, arguments)
     full = torch.tensor(SIZES[cls.rank])
     mask = mask_from_sizes(torch.stack([full, full - 1, full - 2, full - 1]), x.shape[2:])
+    model = partial(randomized_classifier, cls, arguments)
     check_ways(model, (x.double(), mask, labels), cls.__name__)
 
 

@@ -7,6 +7,7 @@ processes. On the CPU, between two processes.
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
+from functools import partial
 
 import torch
 import torch.distributed as dist
@@ -35,18 +36,19 @@ def check_parallel(cls: type[DynamicConv], arguments: Arguments) -> None:
     processes().run(check_all_ways, cls, arguments)
 
 
+def randomized_classifier(cls: type[DynamicConv], arguments: Arguments) -> nn.Module:
+    """The same at every call, in float64 and training mode."""
+    torch.manual_seed(0)
+    classifier = Classifier(cls, arguments).double()
+    classifier.layer = randomized(cls, arguments)
+    return classifier.train()
+
+
 def check_all_ways(cls: type[DynamicConv], arguments: Arguments) -> None:
     """Within a process: every way of training against training alone on all samples."""
-
-    def model() -> nn.Module:
-        torch.manual_seed(0)
-        classifier = Classifier(cls, arguments).double()
-        classifier.layer = randomized(cls, arguments)
-        return classifier.train()
-
     torch.manual_seed(1)
     x, labels = examples(cls, arguments)
-    check_ways(model, (x.double(), labels), cls.__name__)
+    check_ways(partial(randomized_classifier, cls, arguments), (x.double(), labels), cls.__name__)
 
 
 def check_ways(
