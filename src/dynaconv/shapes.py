@@ -39,7 +39,7 @@ class Geometry(NamedTuple):
 
         The dilation of a kernel of one tap, and a stride to a second position where one fits.
         """
-        if max(*self.stride, *self.dilation) <= FAR:
+        if all(step <= FAR for step in (*self.stride, *self.dilation)):
             return self
         dilation = tuple(
             1 if k == 1 else d for k, d in zip(self.kernel, self.dilation, strict=True)
@@ -142,10 +142,16 @@ def windows(x: Tensor, geometry: Geometry) -> Tensor:
     x is padded already.
     """
     rank = len(geometry.kernel)
+    spans = [step * (k - 1) + 1 for k, step in zip(geometry.kernel, geometry.dilation, strict=True)]
+    if torch.compiler.is_compiling():
+        # Side by side, torch would ask whether they leave a rest, and compile for either answer.
+        rests = [int(span == s > 1) for span, s in zip(spans, geometry.stride, strict=True)]
+        spans = [span + rest for span, rest in zip(spans, rests, strict=True)]
+        x = F.pad(x, [p for rest in reversed(rests) for p in (0, rest)]) if any(rests) else x
     for d, (k, s, step) in enumerate(
         zip(geometry.kernel, geometry.stride, geometry.dilation, strict=True)
     ):
-        x = x.unfold(2 + d, step * (k - 1) + 1, s)[..., ::step]
+        x = x.unfold(2 + d, spans[d], s)[..., : step * (k - 1) + 1 : step]
     positions, taps = range(2, 2 + rank), range(2 + rank, 2 + 2 * rank)
     return x.permute(0, 1, *taps, *positions)
 
