@@ -207,16 +207,20 @@ class ShapeConv(DynamicConv):
         found = {"compile_mask": "each sample's real size decides the size of its own kernel"}
         if arguments.get("kernel") == "pinv":
             reason = "kernels that grow have another pseudo-inverse than those that shrink"
-            found |= {"export": reason, "onnx": reason}
+            found |= {"compile": reason, "export": reason, "onnx": reason}
         return super().limits(arguments) | found
 
     @classmethod
     def samples(cls, rank: int) -> list[dict[str, Any]]:
         shared = {"in_channels": 4, "out_channels": 6}
         reference = {1: (11,), 2: (9, 10), 3: (6, 7, 8)}[rank]
+        # At sizes like that, kernels smaller than the base and larger ones.
+        fraction, base = {1: (0.4, 5), 2: (0.5, (5, 6)), 3: (0.5, 4)}[rank]
         return [
             shared | {"kernel_size": 3, "padding": 1, "reference": reference},
-            shared | {"kernel_size": 0.4, "groups": 2, "bias": False, "kernel": "pinv"},
+            shared
+            | {"kernel_size": fraction, "groups": 2, "bias": False}
+            | {"kernel": "pinv", "base_size": base},
             shared | {"kernel_size": 0.3, "padding": 1, "kernel": "continuous", "hidden": 8},
         ]
 
