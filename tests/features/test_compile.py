@@ -55,6 +55,8 @@ def test_compiles_twice_at_most_in_training(cls, arguments):
 
 
 @slow
+# An FFT is then ATen's, and torch says so.
+@pytest.mark.filterwarnings("ignore:Torchinductor does not support code gen.* complex operators")
 @pytest.mark.parametrize("family", [pytest.param(f, id=name) for name, f in families().items()])
 def test_inductor(family):
     cls = family.all_classes[-1]
