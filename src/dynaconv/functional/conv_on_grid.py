@@ -90,14 +90,15 @@ def sample(x: Tensor, positions: Sequence[Tensor]) -> Tensor:
 def _sample_dimension(x: Tensor, t: Tensor, dim: int) -> Tensor:
     """x at the positions t (N, S) of one dimension."""
     length, along = x.shape[dim], [-1 if d == dim else 1 for d in range(1, x.dim())]
+    shape = [*x.shape[:dim], t.shape[1], *x.shape[dim + 1 :]]
+    t = t.unflatten(1, along)  # what backward keeps is no view: inductor has none with such strides
     lower = t.detach().floor()
     share = t - lower
     output: Tensor | None = None
     for point, part in ((lower, 1 - share), (lower + 1, share)):
         inside = (point >= 0) & (point < length)
-        part = torch.where(inside, part, 0).to(x.dtype).unflatten(1, along)
-        index = torch.where(inside, point, 0).long().unflatten(1, along)
-        shape = [*x.shape[:dim], t.shape[1], *x.shape[dim + 1 :]]
+        part = torch.where(inside, part, 0).to(x.dtype)
+        index = torch.where(inside, point, 0).long()
         value = x.gather(dim, index.expand(shape))
         output = value * part if output is None else torch.addcmul(output, value, part)
     return output  # type: ignore[return-value]

@@ -1,7 +1,7 @@
 """The stride chosen per input: each sample's output has a size of its own."""
 
 from collections.abc import Sequence
-from math import log, trunc
+from math import ceil, log
 from typing import Any
 
 import torch
@@ -17,6 +17,8 @@ from dynaconv.layers.costs import add_cost
 from dynaconv.layers.tracing import one_node
 from dynaconv.masking import Padded, crop, mask_from_sizes, pad_batch, sizes_from_mask
 from dynaconv.registry import register_family
+
+UNIT = 2**20  # of a position, in which the largest output is counted
 
 
 @register_family(
@@ -149,9 +151,13 @@ class AdaptiveStrideConv(DynamicConv):
         return whole.long() + 1
 
     def largest_size(self, size: tuple[int, ...]) -> list[int]:
-        """No output for an input of spatial shape `size` is larger, whatever its stride."""
+        """No output for an input of spatial shape `size` is larger, whatever its stride.
+
+        In whole numbers: inductor takes no size that comes from a real one.
+        """
         low = self.low * (1 - 2**-23)  # float32 may have rounded a stride down
-        return [trunc(last / low + 1e-5) + 1 + self.restore for last in self.lasts(size)]
+        each, more = ceil(UNIT / low), ceil(UNIT * 1e-5)
+        return [(last * each + more) // UNIT + 1 + self.restore for last in self.lasts(size)]
 
     def lasts(self, size: Sequence[Any]) -> list[Any]:
         """Where the last output lies in an input of spatial shape `size`, once a dimension."""
