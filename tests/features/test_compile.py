@@ -4,6 +4,7 @@ import copy
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 import dynaconv
@@ -54,13 +55,29 @@ def test_compiles_twice_at_most_in_training(cls, arguments):
     compare(cls, arguments, training=True, automatic=True)
 
 
-@slow
 # An FFT is then ATen's, and torch says so.
-@pytest.mark.filterwarnings("ignore:Torchinductor does not support code gen.* complex operators")
+by_inductor = pytest.mark.filterwarnings("ignore:Torchinductor does not support.* complex oper")
+
+
+@slow
+@by_inductor
+@pytest.mark.parametrize("rank", [2, 3])
 @pytest.mark.parametrize("family", [pytest.param(f, id=name) for name, f in families().items()])
-def test_inductor(family):
-    cls = family.all_classes[-1]
-    compare(cls, cls.samples(cls.rank)[0], backend="inductor")
+def test_inductor(family, rank):
+    """In 3-D at one size: see the test below."""
+    cls = next(c for c in reversed(family.all_classes) if c.rank == rank)
+    calls = 1 if rank == 3 else len(CALLS)
+    compare(cls, cls.samples(rank)[0], backend="inductor", calls=calls)
+
+
+@slow
+def test_inductor_cannot_compile_a_padded_conv3d_of_any_size():
+    """torch's own; once it can, `test_inductor` is to ask for all sizes in 3-D too."""
+    weight = torch.randn(4, 4, 3, 3, 3)
+    with compiled(lambda x: F.conv3d(F.pad(x, [1] * 6), weight), "inductor") as function:
+        function(torch.randn(2, 4, 6, 7, 8))
+        with pytest.raises(torch._inductor.exc.InductorError, match="Invalid ranges"):
+            function(torch.randn(3, 4, 7, 8, 9))
 
 
 # What training changes ------------------------------------------------------------------------

@@ -38,6 +38,7 @@ def compare(
     training: bool = False,
     automatic: bool = False,
     backend: str = "aot_eager",
+    calls: int = len(CALLS),
 ) -> None:
     """Compiles a layer with fullgraph=True and holds outputs and gradients against eager's.
 
@@ -47,6 +48,7 @@ def compare(
         automatic: torch finds out at the second call that sizes change, and compiles twice;
             otherwise it is told at the first, and compiles once.
         backend: of torch.compile.
+        calls: how many of CALLS; at the first alone inductor takes sizes for fixed.
 
     Raises:
         AssertionError: a value differs.
@@ -55,7 +57,7 @@ def compare(
     eager = randomized(cls, arguments).train(training)
     layer = copy.deepcopy(eager)
     with compiled(layer, backend) as function:
-        for call, (batch, more) in enumerate(CALLS):
+        for call, (batch, more) in enumerate(CALLS[:calls]):
             x, mask = inputs(cls, arguments, batch, more, masked)
             if not call and not automatic and backend != "inductor":
                 mark_dynamic(x, mask)
