@@ -2,13 +2,19 @@
 
 python benchmarks/gpu.py          # measures, and writes benchmarks/results/DEVICE.json
 python benchmarks/gpu.py --page   # writes docs/gpu.md from the results that are there
+python benchmarks/gpu.py --peers FILE   # a Python file with `involution(x, w, padding)` (2-D) and
+                                        # `dynamicconv(x, w, padding)` (1-D), in float32: the CUDA
+                                        # kernels of d-li14/involution and of fairseq
 
 Cases are those of the CPU's benchmarks with EIGHT times the batch. All ways run in turns and are
-first compared with the reference. A time is the median over rounds, each of enough calls to fill
-some milliseconds; memory is what a call allocates at most beyond its arguments.
+first compared with the reference. A time is the median over rounds, each of enough replays of one
+call's CUDA graph to fill some milliseconds: the device's time, without Python's; "called" is that
+of forward and backward called from Python. Memory is what a call allocates at most beyond its
+arguments.
 """
 
 import argparse
+import importlib.util
 import json
 import os
 import statistics
@@ -18,6 +24,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
 from functools import cache
 from pathlib import Path
+from types import ModuleType
 
 import torch
 from torch import Tensor
@@ -31,13 +38,19 @@ from dynaconv import functional
 
 EIGHT = 8
 ROUNDS, SPAN = 15, 4.0  # rounds, and milliseconds of a round
+UNRECORDED = {"torchvision"}  # what a graph does not record
+PEERS = ModuleType("peers")  # of --peers
 ROOT = Path(__file__).parent.parent
 RESULTS, PAGE = ROOT / "benchmarks" / "results", ROOT / "docs" / "gpu.md"
 INTRODUCTION = """# On a GPU
 
 What `python benchmarks/gpu.py` measured, and `python benchmarks/gpu.py --page` wrote here. Times
-are in milliseconds; "floor" is what the device needs at least, the larger of bytes over its copying
-rate and operations over its matrix rate, both measured in the same run.
+are in milliseconds, those of the device alone (replays of a CUDA graph) but for "called", which is
+forward and backward called from Python; ratios are over ours. "floor" is what the device needs at
+least, the larger of bytes over its copying rate and operations over its matrix rate, both measured
+in the same run. The static convolution is cuDNN's fastest (`cudnn.benchmark`), contiguous as ours.
+What launches outside of the current stream, as torchvision's deform_conv2d, no graph records: of it
+there is the called time only.
 """
 NOTHING = """
 No run on a GPU is on record yet. The Triton kernels equal the reference under Triton's interpreter
@@ -51,8 +64,9 @@ class Row:
     """One way to compute one case; times in milliseconds, memory in MB."""
 
     name: str
-    forward: float
-    both: float
+    forward: float | None
+    both: float | None
+    called: float
     memory: float
 
 
@@ -60,6 +74,7 @@ class Row:
 class Table:
     title: str
     dtype: str
+    note: str = ""
     rows: list[Row] = field(default_factory=list)
 
 
@@ -86,6 +101,22 @@ def elapsed(call: Callable[[], object], count: int, device: str) -> float:
     return start.elapsed_time(end) / count
 
 
+def captured(call: Callable[[], object], device: str) -> Callable[[], object]:
+    """The call's work on the device alone: a replay of its CUDA graph."""
+    if device != "cuda":
+        return call
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(3):  # tunes and compiles
+            call()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        call()
+    return graph.replay
+
+
 def memory(call: Callable[[], object], device: str) -> float:
     """MB that a call allocates at most beyond what was allocated before."""
     kind = torch.get_device_module(device)
@@ -105,7 +136,11 @@ def rates(dtype: torch.dtype, device: str) -> tuple[float, float]:
     square = torch.randn(8192, 8192, device=device).to(dtype)
     best = lambda call: min(milliseconds(call, device) for _ in range(5)) / 1e3
     copied = 2 * source.numel() / best(lambda: target.copy_(source))
-    return copied, 2 * 8192**3 / best(lambda: square @ square)
+    before = torch.backends.cuda.matmul.fp32_precision
+    torch.backends.cuda.matmul.fp32_precision = torch.backends.cudnn.conv.fp32_precision
+    multiplied = 2 * 8192**3 / best(lambda: square @ square)
+    torch.backends.cuda.matmul.fp32_precision = before
+    return copied, multiplied
 
 
 def measure(
@@ -114,19 +149,18 @@ def measure(
     """All contenders in turns; the first is ours, and has the floor after it."""
     table = Table(title, str(dtype).removeprefix("torch."))
     agree(title, contenders, dtype)
-    steps = [[c.forward, c.both] for c in contenders]
-    times: list[list[list[float]]] = [[[], []] for _ in contenders]
-    for pair in steps:
-        for call in pair:
-            for _ in range(3):  # tunes and compiles
-                call()
+    steps = [[captured(c.forward, device), captured(c.both, device), c.both] for c in contenders]
+    most = [memory(c.both, device) for c in contenders]
+    times: list[list[list[float]]] = [[[] for _ in calls] for calls in steps]
     for _ in range(ROUNDS):
-        for pair, columns in zip(steps, times, strict=True):
-            for call, column in zip(pair, columns, strict=True):
+        for calls, columns in zip(steps, times, strict=True):
+            for call, column in zip(calls, columns, strict=True):
                 column.append(milliseconds(call, device))
-    for contender, pair, columns in zip(contenders, steps, times, strict=True):
+    for contender, columns, mb in zip(contenders, times, most, strict=True):
         row = [statistics.median(column) for column in columns]
-        table.rows.append(Row(contender.name, *row, memory(pair[1], device)))
+        if contender.name in UNRECORDED:
+            row[:2] = [None, None]
+        table.rows.append(Row(contender.name, *row, mb))
     table.rows.insert(1, floor(contenders[0], operations, dtype, device))
     return table
 
@@ -150,7 +184,8 @@ def floor(ours: Contender, operations: float, dtype: torch.dtype, device: str) -
     given, made = size(*ours.tensors), size(output)
     forward = max((given + made) / copied, operations / multiplied)
     backward = max((2 * given + made) / copied, 2 * operations / multiplied)
-    return Row("floor", 1e3 * forward, 1e3 * (forward + backward), (given + 2 * made) / 2**20)
+    both = 1e3 * (forward + backward)
+    return Row("floor", 1e3 * forward, both, both, (given + 2 * made) / 2**20)
 
 
 # Cases -------------------------------------------------------------------------------------------
@@ -172,6 +207,11 @@ def per_position(dtype: torch.dtype, device: str) -> Iterator[Table]:
             if rank < 3:
                 form = lambda x, w, pad=pad: conv_per_position.unfolded(x, w, pad)
                 contenders.append(Contender("unfold", form, (x, w)))
+            named = {1: "dynamicconv", 2: "involution"}.get(rank, "")
+            published = getattr(PEERS, named, None)
+            if published and dtype == torch.float32:
+                theirs = lambda x, w, pad=pad, published=published: published(x, w, pad)
+                contenders.append(Contender(f"{named}'s CUDA kernel", theirs, (x, w)))
             title = f"conv_per_position, {rank}-D, batch {n}, {channels} channels, size {size}, "
             title += f"kernel {kernel}, {groups} groups"
             yield measure(title, contenders, 2 * x.numel() * kernel**rank, dtype, device)
@@ -259,6 +299,7 @@ PRIMITIVES = (per_position, per_sample, mixture, deformable)
 
 def run(device: str, dtypes: list[torch.dtype]) -> None:
     """Measures everything; each finished table is written at once, so nothing is lost."""
+    torch.backends.cudnn.benchmark = True
     name = torch.get_device_module(device).get_device_name()
     path = RESULTS / f"{name.replace(' ', '-')}.json"
     content = {"device": name, **versions(), "tables": []}
@@ -282,14 +323,18 @@ def versions() -> dict[str, str]:
 def text(table: Table) -> list[str]:
     """A table in Markdown: times as they are and over ours, memory."""
     lines = [f"\n**{table.title}, {table.dtype}**\n"]
-    lines.append("| | forward ms | ratio | forward + backward ms | ratio | peak MB |")
-    lines.append("|---|---:|---:|---:|---:|---:|")
+    lines.append("| | forward | ratio | forward + backward | ratio | called | peak MB |")
+    lines.append("|---|---:|---:|---:|---:|---:|---:|")
     first = table.rows[0]
     for row in table.rows:
-        times = f"{row.forward:.3f} | {row.forward / first.forward:.2f}"
-        times += f" | {row.both:.3f} | {row.both / first.both:.2f}"
-        lines.append(f"| {row.name} | {times} | {row.memory:.1f} |")
-    return lines
+        times = f"{timed(row.forward, first.forward)} | {timed(row.both, first.both)}"
+        lines.append(f"| {row.name} | {times} | {row.called:.3f} | {row.memory:.1f} |")
+    return lines if not table.note else [*lines, f"\n{table.note}"]
+
+
+def timed(mine: float | None, ours: float | None) -> str:
+    """A time and its ratio to ours."""
+    return " | " if mine is None or ours is None else f"{mine:.3f} | {mine / ours:.2f}"
 
 
 def page() -> str:
@@ -303,8 +348,8 @@ def page() -> str:
             f"commit {content['commit']}.\n"
         )
         for table in content["tables"]:
-            rows = [Row(**row) for row in table["rows"]]
-            parts.append("\n".join(text(Table(table["title"], table["dtype"], rows))) + "\n")
+            table["rows"] = [Row(**row) for row in table["rows"]]
+            parts.append("\n".join(text(Table(**table))) + "\n")
     return "".join(parts)
 
 
@@ -320,7 +365,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--page", action="store_true", help="writes docs/gpu.md, measures nothing")
     parser.add_argument("--dtype", nargs="+", default=["bfloat16", "float32"])
+    parser.add_argument("--peers", type=Path, help="a file with the CUDA kernels of others")
     options = parser.parse_args()
+    if options.peers:
+        spec = importlib.util.spec_from_file_location("peers", options.peers)
+        spec.loader.exec_module(PEERS)
     if not options.page:
         if not torch.accelerator.is_available():
             sys.exit("there is no GPU; --page writes docs/gpu.md from the results that there are")

@@ -13,7 +13,7 @@ def _poison(tensor):
     if (
         tensor.is_floating_point()
         and not torch.compiler.is_compiling()
-        and tensor.device.type == "cpu"
+        and tensor.device.type in ("cpu", "cuda")
     ):
         with torch.no_grad():
             tensor.fill_(float("nan"))

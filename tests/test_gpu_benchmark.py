@@ -43,7 +43,30 @@ def test_every_case_runs(gpu, dtype):
     for table in tables:
         names = [row.name for row in table.rows]
         assert names[:3] == ["dynaconv", "floor", "dynaconv, eager"]
-        assert all(row.forward > 0 and row.both >= row.forward for row in table.rows)
+        recorded = [row for row in table.rows if row.name not in gpu.UNRECORDED]
+        assert all(row.forward > 0 and row.both >= row.forward for row in recorded)
+
+
+def test_the_kernels_of_others(gpu, monkeypatch):
+    plain = gpu.conv_per_position.unfolded
+    monkeypatch.setattr(gpu.PEERS, "involution", plain, raising=False)
+    monkeypatch.setattr(gpu.PEERS, "dynamicconv", plain, raising=False)
+    for dtype, expected in ((torch.float32, 2), (torch.bfloat16, 0)):
+        rows = [row for table in gpu.per_position(dtype, "cpu") for row in table.rows]
+        assert sum("CUDA kernel" in row.name for row in rows) == expected
+
+
+def test_what_no_graph_records_has_its_called_time_only(gpu, monkeypatch):
+    right = lambda x, o, w, padding, mask: gpu.functional.deform_conv(
+        x, o, w, padding=padding, modulation=mask
+    )
+    monkeypatch.setattr(gpu.deform_conv, "deform_conv2d", right)
+    tables = list(gpu.deformable(torch.float32, "cpu"))
+    rows = [row for table in tables for row in table.rows if row.name == "torchvision"]
+    assert len(rows) == 1
+    assert rows[0].forward is None
+    assert rows[0].called > 0
+    assert any("| torchvision |  |  |  |  | 2.000 |" in line for line in gpu.text(tables[1]))
 
 
 def test_a_wrong_contender_stops_it(gpu, monkeypatch):
@@ -55,12 +78,12 @@ def test_a_wrong_contender_stops_it(gpu, monkeypatch):
 
 def test_results_become_a_page(gpu, monkeypatch, tmp_path):
     monkeypatch.setattr(gpu, "RESULTS", tmp_path)
-    rows = [{"name": "dynaconv", "forward": 2.0, "both": 4.0, "memory": 1.0}]
-    rows.append({"name": "floor", "forward": 1.0, "both": 1.0, "memory": 0.5})
+    rows = [{"name": "dynaconv", "forward": 2.0, "both": 4.0, "called": 5.0, "memory": 1.0}]
+    rows.append({"name": "floor", "forward": 1.0, "both": 1.0, "called": 1.0, "memory": 0.5})
     content = {"device": "Some GPU", "commit": "abc", "torch": "2.11", "triton": "3.6"}
     content["tables"] = [{"title": "a case", "dtype": "bfloat16", "rows": rows}]
     gpu.write(tmp_path / "Some-GPU.json", json.dumps(content))
     page = gpu.page()
     assert "## Some GPU" in page
-    assert "| floor | 1.000 | 0.50 | 1.000 | 0.25 | 0.5 |" in page
+    assert "| floor | 1.000 | 0.50 | 1.000 | 0.25 | 1.000 | 0.5 |" in page
     assert "No run on a GPU" not in page

@@ -20,35 +20,41 @@ GEOMETRY = {f"{letter}{d}": 1 for letter in "KSD" for d in range(3)}
 GEOMETRY |= {"P0": 0, "P1": 1, "P2": 1, "K1": 3, "K2": 3}
 PLAIN = {"DOUBLE": False, "FAR": False, **GEOMETRY}
 PRODUCT = {"PRECISION": "tf32", **PLAIN}
-DEFORMED = {"RANK": 2, "MODULATED": True, **PRODUCT}
+DEFORMED = {"RANK": 2, "MODULATED": True, **PLAIN}
 DATA = {"INPUT": True, "OFFSET": True, "MODULATION": True}
 # Kernel, its constants, and the steps that are 1.
 CASES = [
-    (conv_per_position.by_input, {"TRANSPOSED": False, **PLAIN}, ("SP", "WP", "OP")),
-    (conv_per_position.by_input, {"TRANSPOSED": True, **PLAIN}, ("SP", "WP", "OP")),
-    (conv_per_position.by_weight, PLAIN, ("SP", "WP", "OP")),
+    (conv_per_position.forward, {"UNROLL": 3, **PLAIN}, ("SC", "WP", "OP")),
+    (conv_per_position.by_input, PLAIN, ("SC", "WP", "OP")),
+    (conv_per_position.by_weight, PLAIN, ("SC", "WP", "OC")),
     *(
         (
             conv_per_sample.multiply,
-            {"TRANSPOSED": back, "EXPERTS": experts, "BIASED": not back, "BOUND": 64, **PRODUCT},
+            {"TRANSPOSED": back, "EXPERTS": experts, "BIASED": not back, **PRODUCT},
             ("WI" if back else "WJ", "OP"),
         )
         for back in (False, True)
         for experts in (0, 4)
     ),
-    (conv_per_sample.correlate, {"BOUND": 64, **PRODUCT}, ()),
-    (deform_conv.forward, {"BIASED": True, **DEFORMED}, ("WC", "OP", "FP", "MP")),
+    (conv_per_sample.correlate, PRODUCT, ()),
+    (conv_per_sample.multiply_flat, {"BIASED": False, **PRODUCT}, ("OP", "SP")),
+    (
+        deform_conv.forward,
+        {"BIASED": True, "PRECISION": "tf32", **DEFORMED},
+        ("WC", "OP", "FP", "MP"),
+    ),
     (deform_conv.forward_depthwise, {"BIASED": True, **DEFORMED}, ("WC", "OP", "FP", "MP")),
     *(
-        (kernel, {"DEPTHWISE": depthwise, **more, **DEFORMED}, (step, "OP", "FP", "MP"))
-        for kernel, more, step in (
-            (deform_conv.backward, DATA, "WC"),
-            (deform_conv.by_weight, {}, "XC"),
+        (
+            deform_conv.backward,
+            {"DEPTHWISE": depthwise, "KEEP": not depthwise, **DATA, **DEFORMED},
+            ("WC", "OC", "FP", "MP"),
         )
         for depthwise in (False, True)
     ),
+    (deform_conv.by_weight_depthwise, DEFORMED, ("OC", "FP", "MP")),
 ]
-POINTERS = ("out", "source", "weight", "mixture", "bias", "grad", "offset", "modulation")
+POINTERS = ("out", "source", "weight", "mixture", "bias", "grad", "offset", "modulation", "columns")
 SUMS = ("by_input", "by_offsets", "by_modulation")
 
 
@@ -81,7 +87,8 @@ def main(dtype, architecture, *rest):
             code = made.asm["ptx"]
             products = len(re.findall(r"wgmma\.mma_async|mma\.sync", code))
             copies = len(re.findall(r"cp\.async\.c", code))
-            print(kernel.fn.__name__, products, copies, flush=True)
+            module = kernel.fn.__module__.rpartition(".")[2]
+            print(f"{module}.{kernel.fn.__name__}", products, copies, flush=True)
 
 
 if __name__ == "__main__":

@@ -17,7 +17,7 @@ from dynaconv.testing import TOLERANCE, close, samples
 from tests.backends.native import LAYOUTS, check, deformed_call, random_geometry
 
 pytest.importorskip("triton")
-from dynaconv.backends.triton.launch import far
+from dynaconv.backends.triton.launch import KNOWN, far
 
 PRIMITIVES = ["conv_per_position", "conv_per_sample", "conv_mixture", "deform_conv"]
 every_primitive = pytest.mark.parametrize("primitive", PRIMITIVES)
@@ -42,6 +42,19 @@ def _exact_products():
 
 def module(primitive):
     return importlib.import_module(f"dynaconv.backends.triton.{primitive}")
+
+
+KERNELS = [k for name in PRIMITIVES for k in vars(module(name)).values() if hasattr(k, "configs")]
+
+
+@pytest.fixture(autouse=True)
+def _untuned(request, monkeypatch):
+    """Every kernel in one configuration, the first or the test's `index`: to try all takes long."""
+    index = getattr(request.node, "callspec", None)
+    index = 0 if index is None else index.params.get("index", 0)
+    KNOWN.clear()
+    for kernel in KERNELS if index is not None else ():
+        monkeypatch.setattr(kernel, "configs", [kernel.configs[index % len(kernel.configs)]])
 
 
 def compare(primitive, tensors, options, **choices):
@@ -84,6 +97,19 @@ def test_equals_the_reference_in_3d(primitive):
 def test_other_dtypes(primitive, dtype, poisoned):
     for call in list(samples(primitive, 2, dtype, (2,)))[2:8:3]:
         compare(primitive, *call)
+
+
+@pytest.mark.parametrize("index", range(1, 8))
+@pytest.mark.parametrize("primitive", [p for p in PRIMITIVES if GPU or p != "deform_conv"])
+def test_every_configuration(primitive, index):
+    compare(primitive, *list(samples(primitive, 2, EXACT, (2,)))[5])
+
+
+@pytest.mark.skipif(not GPU, reason="there is nothing to tune in the interpreter")
+@every_primitive
+@pytest.mark.parametrize("index", [None])
+def test_the_fastest_configuration(primitive, index):
+    compare(primitive, *list(samples(primitive, 1, EXACT, (2,)))[3])
 
 
 @every_primitive
@@ -164,10 +190,11 @@ def test_deform_conv_with_many_channels_groups_and_parts(case, parts, monkeypatc
     )
 
 
-@pytest.mark.parametrize("tile", [0, 10**6])
+@pytest.mark.parametrize("choice", ["outputs", "tiles", "kernels"])
 @pytest.mark.parametrize("by_tap", [False, True])
-def test_mixtures_mixed_before_and_where_they_are_used(tile, by_tap, monkeypatch):
-    monkeypatch.setattr(module("conv_mixture"), "TILE", tile)
+def test_what_is_mixed(choice, by_tap, monkeypatch):
+    monkeypatch.setattr(module("conv_mixture"), "OUTPUTS", 10**6 * (choice == "outputs"))
+    monkeypatch.setattr(module("conv_mixture"), "TILE", 10**6 * (choice == "tiles"))
     for tensors, options in list(samples("conv_mixture", 2, EXACT, (2,)))[2:6]:
         if (tensors["coefficients"].dim() > 2) == by_tap:
             compare("conv_mixture", tensors, options)
@@ -200,9 +227,9 @@ RANDOM = {
 
 @every_primitive
 def test_random_calls(primitive):
-    few = 3 if primitive == "deform_conv" else 8  # minutes in the interpreter
+    few = 3 if primitive == "deform_conv" else 8  # each takes seconds
 
-    @settings(max_examples=200 if GPU else few, deadline=None)
+    @settings(max_examples=25 if GPU else few, deadline=None)
     @given(st.data())
     def check_one(data):
         compare_random(primitive, data)

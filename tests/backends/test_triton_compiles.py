@@ -9,8 +9,14 @@ import pytest
 
 pytest.importorskip("triton")
 ROOT = Path(__file__).parents[2]
-# Kernels, in the order of compile_triton, that multiply matrices.
-PRODUCTS = {"multiply", "correlate", "forward", "backward", "by_weight"}
+# Kernels that multiply matrices, and whether what they read is on its way in time: deform_conv's
+# points are to go through the first cache instead.
+PRODUCTS = {
+    "conv_per_sample.multiply": True,
+    "conv_per_sample.correlate": True,
+    "conv_per_sample.multiply_flat": True,
+    "deform_conv.forward": False,
+}
 
 
 def printed(script, *arguments):
@@ -33,15 +39,15 @@ def test_kernels_compile_to_matrix_products_and_pipelined_copies():
     lines = compiled("bf16", "90")
     assert len(lines) == 14
     for name, products, copies in lines:
-        if name in PRODUCTS and products:
-            assert copies, f"{name} waits for each tile"
-    assert {name for name, products, _ in lines if products} == PRODUCTS
+        assert (products > 0) == (name in PRODUCTS), name
+        assert (copies > 0) == PRODUCTS.get(name, False), name
 
 
 def test_operators_are_open_to_torch_compile():
     kernels = {name: int(count) for name, count in printed("trace_triton")}
+    # Of forward and backward, with those that lay tensors out.
     assert kernels == {
-        "conv_per_position": 3, "conv_per_sample": 3, "conv_mixture": 3, "deform_conv": 3,
+        "conv_per_position": 6, "conv_per_sample": 9, "conv_mixture": 9, "deform_conv": 7,
     }  # fmt: skip
 
 
@@ -49,4 +55,4 @@ def test_operators_are_open_to_torch_compile():
 @pytest.mark.parametrize("architecture", ["80", "90", "100"])
 @pytest.mark.parametrize("dtype", ["fp32", "bf16", "fp16"])
 def test_every_configuration_compiles(dtype, architecture):
-    assert len(compiled(dtype, architecture, "--all")) > 60
+    assert len(compiled(dtype, architecture, "--all")) > 100

@@ -19,7 +19,7 @@ SETTINGS = [[1, 1], [1, 1], [1, 1]]
 CALLS = {
     conv_per_position: ([(2, 8, 7, 9), (2, 2, 3, 3, 7, 9)], SETTINGS),
     conv_per_sample: ([(2, 8, 7, 9), (2, 6, 8, 3, 3), (2, 6)], [*SETTINGS, 1]),
-    conv_mixture: ([(2, 8, 7, 9), (4, 6, 8, 3, 3), (2, 4), (2, 6)], [*SETTINGS, 1]),
+    conv_mixture: ([(2, 8, 17, 19), (4, 6, 8, 3, 3), (2, 4), (2, 6)], [*SETTINGS, 1]),
     deform_conv: (
         [(2, 8, 7, 9), (2, 18, 7, 9), (6, 8, 3, 3), (6,), (2, 9, 7, 9)],
         [*SETTINGS, 1],

@@ -3,7 +3,8 @@
 For sample n, out[i, p] = sum_{k, j} W[n, i, k, j] source[seen_at(p, k), j]; tiles of the unfolded
 source are gathered where they are multiplied, and no convolution of N groups is made. Source and
 kernels lie with the channels they share last, so that a tile is read in whole lines: a contiguous
-input is copied so, and kernels (N, C_out, C_in / groups, *K) are of more than one tap.
+input is copied so, and kernels (N, C_out, C_in / groups, *K) are of more than one tap. Where the
+kernels are what moves, forward reads them as they lie, and copies nothing.
 """
 
 from collections.abc import Sequence
@@ -15,6 +16,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from dynaconv.backends.eager.conv_per_sample import formulation, matmul, matmul_backward
 from dynaconv.backends.eager.conv_per_sample import operator as eager
 from dynaconv.backends.operator import gradient_like, output_like
 from dynaconv.backends.triton.launch import (
@@ -29,6 +31,7 @@ from dynaconv.backends.triton.launch import (
     seen_at,
     seen_from,
     sizes_of,
+    transposed,
     tuned,
     wide,
 )
@@ -37,26 +40,35 @@ from dynaconv.shapes import Geometry
 # mypy: disable-error-code="no-untyped-def"
 TILES = [
     {"ROWS": 64, "POSITIONS": 64, "INNER": 32, "stages": 4},
-    {"ROWS": 128, "POSITIONS": 64, "INNER": 64, "stages": 3},
-    {"ROWS": 128, "POSITIONS": 128, "INNER": 32, "warps": 8, "stages": 4},
-    {"ROWS": 128, "POSITIONS": 128, "INNER": 64, "warps": 8, "stages": 3},
     {"ROWS": 64, "POSITIONS": 128, "INNER": 64, "stages": 3},
-    {"ROWS": 64, "POSITIONS": 256, "INNER": 32, "warps": 8, "stages": 3},
-    {"ROWS": 32, "POSITIONS": 64, "INNER": 64, "stages": 4},
-    {"ROWS": 16, "POSITIONS": 128, "INNER": 32, "stages": 4},
+    {"ROWS": 64, "POSITIONS": 256, "INNER": 64, "warps": 8, "stages": 3},
+    {"ROWS": 64, "POSITIONS": 128, "INNER": 64, "stages": 1},
+    {"ROWS": 128, "POSITIONS": 64, "INNER": 64, "stages": 4},
+    {"ROWS": 128, "POSITIONS": 128, "INNER": 64, "warps": 8, "stages": 3},
+    {"ROWS": 128, "POSITIONS": 256, "INNER": 64, "warps": 8, "stages": 3},
+    {"ROWS": 256, "POSITIONS": 64, "INNER": 64, "warps": 8, "stages": 3},
+    {"ROWS": 32, "POSITIONS": 128, "INNER": 32, "stages": 4},
 ]
+FLAT = [
+    {"ROWS": 256, "POSITIONS": 64, "INNER": 64, "warps": 8, "stages": 3},
+    {"ROWS": 128, "POSITIONS": 64, "INNER": 64, "stages": 3},
+    {"ROWS": 128, "POSITIONS": 128, "INNER": 32, "warps": 8, "stages": 3},
+    {"ROWS": 32, "POSITIONS": 64, "INNER": 64, "stages": 3},
+]
+# Kernels so many times larger than input and output are read as they lie.
+LARGE = 10
 
 
-@tuned(TILES, ["rows", "inner", "K2", "EXPERTS", "BOUND"])
+@tuned(TILES, ["rows", "inner", "bound", "K2", "EXPERTS", "TRANSPOSED"])
 @triton.jit
 def multiply(
-    out, source, weight, mixture, bias, rows, inner, groups,
+    out, source, weight, mixture, bias, rows, inner, groups, positions, bound,
     L0, L1, L2, O0, O1, O2,
     # steps of out along sample, channel and position; of source along sample and position; of
     # weight along sample (or expert), group, row of the output, channel of the source and tap; of
     # mixture along sample, expert and tap
     ON, OC, OP, SN, SP, WN, WG, WI, WJ, WK, MN, ME, MK,
-    TRANSPOSED: tl.constexpr, EXPERTS: tl.constexpr, BIASED: tl.constexpr, BOUND: tl.constexpr,
+    TRANSPOSED: tl.constexpr, EXPERTS: tl.constexpr, BIASED: tl.constexpr,
     PRECISION: tl.constexpr, DOUBLE: tl.constexpr, FAR: tl.constexpr,
     K0: tl.constexpr, K1: tl.constexpr, K2: tl.constexpr,
     S0: tl.constexpr, S1: tl.constexpr, S2: tl.constexpr,
@@ -67,13 +79,13 @@ def multiply(
     """out[i, p] = sum_{k, j} W[i, k, j] source[seen_at(p, k), j], W one sample's kernel.
 
     EXPERTS > 0: W = sum_e mixture[n, e, k] weight[e], mixed tile by tile. TRANSPOSED, the input's
-    gradient: source at the positions that see p by tap k. BOUND is a power of two near the number
-    of positions: what to tune for.
+    gradient: source at the positions that see p by tap k. `bound` is a power near the number of
+    positions: what to tune for.
     """
     SUM: tl.constexpr = tl.float64 if DOUBLE else tl.float32
-    H1, H2, positions = O1, O2, O0 * O1 * O2
+    H1, H2 = O1, O2
     if TRANSPOSED:
-        H1, H2, positions = L1, L2, L0 * L1 * L2
+        H1, H2 = L1, L2
     program = wide(tl.program_id(0), FAR)
     zero = program * 0  # in the width of addresses
     blocks, parts = tl.cdiv(positions, POSITIONS), tl.cdiv(rows, ROWS)
@@ -120,14 +132,67 @@ def multiply(
     tl.store(target, total.to(out.dtype.element_ty), mask=used)
 
 
-@tuned(TILES, ["rows", "inner", "K2", "BOUND"])
+@tuned(FLAT, ["rows", "inner", "bound", "K2"])
+@triton.jit
+def multiply_flat(
+    out, source, weight, bias, rows, inner, groups, positions, bound, L0, L1, L2, O0, O1, O2,
+    # steps of out and source along sample, channel and position; of weight along sample and row
+    ON, OC, OP, SN, SC, SP, WN, WI,
+    BIASED: tl.constexpr,
+    PRECISION: tl.constexpr, DOUBLE: tl.constexpr, FAR: tl.constexpr,
+    K0: tl.constexpr, K1: tl.constexpr, K2: tl.constexpr,
+    S0: tl.constexpr, S1: tl.constexpr, S2: tl.constexpr,
+    P0: tl.constexpr, P1: tl.constexpr, P2: tl.constexpr,
+    D0: tl.constexpr, D1: tl.constexpr, D2: tl.constexpr,
+    ROWS: tl.constexpr, POSITIONS: tl.constexpr, INNER: tl.constexpr,
+):  # fmt: skip
+    """out[i, p] = sum_m W[i, m] source[j(m), seen_at(p, k(m))] over the pairs m of channel and tap.
+
+    What is gathered for the next product is on its way during this one.
+    """
+    TAPS: tl.constexpr = K0 * K1 * K2
+    SUM: tl.constexpr = tl.float64 if DOUBLE else tl.float32
+    program = wide(tl.program_id(0), FAR)
+    parts, blocks = tl.cdiv(rows, ROWS), tl.cdiv(positions, POSITIONS)
+    i = program % parts * ROWS + tl.arange(0, ROWS)
+    p = program // parts % blocks * POSITIONS + tl.arange(0, POSITIONS)
+    g = program // (parts * blocks) % groups
+    n = program // (parts * blocks * groups)
+    kernel = weight + n * WN + (g * rows + i)[:, None] * WI
+    lines = source + n * SN + g * inner * SC
+    total = tl.zeros((ROWS, POSITIONS), SUM)
+    v = tl.zeros((INNER, POSITIONS), source.dtype.element_ty)
+    for start in range(0, inner * TAPS + INNER, INNER):
+        m = start + tl.arange(0, INNER)
+        q, inside = seen_at(
+            (p // (O1 * O2))[None, :], (p // O2 % O1)[None, :], (p % O2)[None, :],
+            (m % TAPS)[:, None], L0, L1, L2, K0, K1, K2, S0, S1, S2, P0, P1, P2, D0, D1, D2,
+        )  # fmt: skip
+        inside = inside & (p < positions)[None, :] & (m < inner * TAPS)[:, None]
+        j = (m // TAPS + program * 0)[:, None]
+        ahead = tl.load(lines + q * SP + j * SC, mask=inside, other=0)
+        m -= INNER
+        used = (i < rows)[:, None] & ((m >= 0) & (m < inner * TAPS))[None, :]
+        w = tl.load(kernel + m[None, :], mask=used, other=0)
+        total = tl.dot(w, v, total, input_precision=PRECISION, out_dtype=total.dtype)
+        v = ahead
+    channel = g * rows + i
+    if BIASED:
+        add = tl.load(bias + n * groups * rows + channel, mask=i < rows, other=0)
+        total += add.to(SUM)[:, None]
+    target = out + n * ON + channel[:, None] * OC + p[None, :] * OP
+    used = (i < rows)[:, None] & (p < positions)[None, :]
+    tl.store(target, total.to(out.dtype.element_ty), mask=used)
+
+
+@tuned(TILES, ["rows", "inner", "bound", "K2"])
 @triton.jit
 def correlate(
-    out, grad, source, rows, inner, groups,
+    out, grad, source, rows, inner, groups, positions, bound,
     L0, L1, L2, O0, O1, O2,
     # steps of out along sample, row and tap; of grad and source along sample and position
     WN, WI, WK, ON, OP, SN, SP,
-    BOUND: tl.constexpr, PRECISION: tl.constexpr, DOUBLE: tl.constexpr, FAR: tl.constexpr,
+    PRECISION: tl.constexpr, DOUBLE: tl.constexpr, FAR: tl.constexpr,
     K0: tl.constexpr, K1: tl.constexpr, K2: tl.constexpr,
     S0: tl.constexpr, S1: tl.constexpr, S2: tl.constexpr,
     P0: tl.constexpr, P1: tl.constexpr, P2: tl.constexpr,
@@ -140,7 +205,6 @@ def correlate(
     as in `multiply`.
     """
     SUM: tl.constexpr = tl.float64 if DOUBLE else tl.float32
-    positions = O0 * O1 * O2
     program = wide(tl.program_id(0), FAR)
     blocks, parts = tl.cdiv(inner, POSITIONS), tl.cdiv(rows, ROWS)
     j = program % blocks * POSITIONS + tl.arange(0, POSITIONS)
@@ -169,12 +233,13 @@ def correlate(
 
 def channels_last(weight: Tensor) -> Tensor:
     """Kernels (N, C_out, C_in / groups, *K) as (N, C_out, taps, C_in / groups), in one piece."""
-    return weight.flatten(3).transpose(2, 3).contiguous()
+    flat = weight.flatten(3)
+    return transposed(flat.flatten(0, 1)).unflatten(0, flat.shape[:2])
 
 
 def channels_before_taps(kernels: Tensor, shape: Sequence[int]) -> Tensor:
-    """The inverse of `channels_last`, a view of the given shape."""
-    return kernels.transpose(2, 3).unflatten(3, tuple(shape[3:]))
+    """The inverse of `channels_last`."""
+    return transposed(kernels.flatten(0, 1)).reshape(-1, *shape[1:])
 
 
 def convolve(
@@ -214,22 +279,55 @@ def convolve(
 
     launch(multiply)[grid](
         planes, lines, kernels, kernels if mixture is None else mixture,
-        kernels if bias is None else bias.contiguous(), count, inner, groups, *sizes,
+        kernels if bias is None else bias.contiguous(), count, inner, groups,
+        planes.shape[2], bound(planes.shape[2]), *sizes,
         *planes.stride(), *lines.stride()[:2], *steps, *shares,
-        TRANSPOSED=back, EXPERTS=experts, BIASED=bias is not None, BOUND=bound(planes.shape[2]),
+        TRANSPOSED=back, EXPERTS=experts, BIASED=bias is not None,
         PRECISION=precision(out), DOUBLE=out.dtype == torch.float64,
         FAR=far(planes, lines, kernels), **constants(geometry),
     )  # fmt: skip
 
 
+def convolve_flat(
+    out: Tensor,
+    source: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    sizes: list[int],
+    geometry: Geometry,
+    groups: int,
+) -> None:
+    """Launches `multiply_flat`; `out` is written in place."""
+    planes, lines = out.flatten(2), source.flatten(2)
+    kernels = weight.contiguous().flatten(2)
+    count, inner = planes.shape[1] // groups, lines.shape[1] // groups
+
+    def grid(tile: dict[str, int]) -> tuple[int]:
+        blocks = triton.cdiv(planes.shape[2], tile["POSITIONS"])
+        return (planes.shape[0] * groups * blocks * triton.cdiv(count, tile["ROWS"]),)
+
+    launch(multiply_flat)[grid](
+        planes, lines, kernels, kernels if bias is None else bias.contiguous(),
+        count, inner, groups, planes.shape[2], bound(planes.shape[2]), *sizes,
+        *planes.stride(), *lines.stride(), *kernels.stride()[:2],
+        BIASED=bias is not None, PRECISION=precision(out), DOUBLE=out.dtype == torch.float64,
+        FAR=far(planes, lines, kernels), **constants(geometry),
+    )  # fmt: skip
+
+
 def kernel_gradient(
-    grad: Tensor, input: Tensor, sizes: list[int], geometry: Geometry, groups: int
+    grad: Tensor,
+    input: Tensor,
+    sizes: list[int],
+    geometry: Geometry,
+    groups: int,
+    dtype: torch.dtype | None = None,
 ) -> Tensor:
     """Launches `correlate`: the gradient of the kernels, (N, C_out, taps, C_in / groups)."""
     slopes, lines = rows_of(grad), rows_of(input)
     batch, channels, inner = slopes.shape[0], slopes.shape[2], lines.shape[2] // groups
     taps, count = prod(geometry.kernel), channels // groups
-    out = grad.new_empty(batch, channels, taps, inner)
+    out = grad.new_empty(batch, channels, taps, inner, dtype=dtype)
     if not out.numel():
         return out
 
@@ -238,18 +336,24 @@ def kernel_gradient(
         return (batch * groups * taps * blocks,)
 
     launch(correlate)[grid](
-        out, slopes, lines, count, inner, groups, *sizes,
+        out, slopes, lines, count, inner, groups, slopes.shape[1], bound(slopes.shape[1]), *sizes,
         *out.stride()[:3], *slopes.stride()[:2], *lines.stride()[:2],
-        BOUND=bound(slopes.shape[1]), PRECISION=precision(out), DOUBLE=out.dtype == torch.float64,
+        PRECISION=precision(grad), DOUBLE=out.dtype == torch.float64,
         FAR=far(out, slopes, lines), **constants(geometry),
     )  # fmt: skip
     return out
 
 
 def _forward(input: Tensor, weight: Tensor, bias: Tensor | None, *settings: Any) -> Tensor:
+    if formulation(input, weight, settings) == "matmul":
+        return matmul(input, weight, bias, settings)
     output = output_like(input, eager.shape(input, weight, bias, *settings))
-    if output.numel():
-        geometry, sizes = geometry_of(weight.shape[3:], settings), sizes_of(input, output)
+    if not output.numel():
+        return output
+    geometry, sizes = geometry_of(weight.shape[3:], settings), sizes_of(input, output)
+    if weight.numel() >= LARGE * (input.numel() + output.numel()):
+        convolve_flat(output, input, weight, bias, sizes, geometry, settings[3])
+    else:
         kernels = channels_last(weight)
         convolve(output, input, kernels, None, bias, sizes, geometry, settings[3])
     return output
@@ -259,17 +363,21 @@ def _backward(
     grad: Tensor, input: Tensor, weight: Tensor, bias: Tensor | None, *rest: Any
 ) -> list[Tensor | None]:
     *settings, mask = rest
+    gb = grad.flatten(2).sum(2) if mask[2] else None
+    if formulation(input, weight, settings) == "matmul":
+        return [*matmul_backward(grad, input, weight, settings, mask[:2]), gb]
     geometry, sizes = geometry_of(weight.shape[3:], settings), sizes_of(input, grad)
+    slopes = rows_of(grad).transpose(1, 2)
     gx = gw = None
     if mask[0]:
         gx = gradient_like(input)
         if gx.numel():
             kernels = channels_last(weight)
-            convolve(gx, grad, kernels, None, None, sizes, geometry, settings[3], back=True)
+            convolve(gx, slopes, kernels, None, None, sizes, geometry, settings[3], back=True)
     if mask[1]:
-        gw = kernel_gradient(grad, input, sizes, geometry, settings[3])
+        gw = kernel_gradient(slopes, input, sizes, geometry, settings[3])
         gw = channels_before_taps(gw, weight.shape)
-    return [gx, gw, grad.flatten(2).sum(2) if mask[2] else None]
+    return [gx, gw, gb]
 
 
 operator = eager.twin("triton_conv_per_sample", _forward, _backward, register)

@@ -1,8 +1,13 @@
-"""deform_conv in Triton: samples are gathered where they are multiplied, without a column buffer.
+"""deform_conv in Triton: forward gathers samples where they are multiplied, without columns.
 
 The input lies as rows (position, channels), so that a sample is 2^D rows weighted and added. A
 depthwise convolution is a sum over the taps; any other multiplies tiles of samples with the weight.
 Channels go through in segments that lie in one group of the weight and in one of the offset.
+
+Backward goes through columns (position, group, tap, channel) of a few samples at a time: a product
+fills them with the slopes of all samples, one kernel makes of these the gradients of input, offset
+and modulation, and leaves the samples in their place, and a product of those is the weight's. The
+2^D rows around a sample are so read once for all gradients.
 """
 
 from math import gcd, prod
@@ -14,7 +19,8 @@ import triton.language as tl
 from torch import Tensor
 
 from dynaconv.backends.eager.deform_conv import operator as eager
-from dynaconv.backends.operator import output_like
+from dynaconv.backends.operator import few_at_a_time, output_like
+from dynaconv.backends.triton.conv_per_sample import convolve, kernel_gradient
 from dynaconv.backends.triton.launch import (
     constants,
     far,
@@ -27,15 +33,26 @@ from dynaconv.backends.triton.launch import (
     tuned,
     wide,
 )
+from dynaconv.shapes import Geometry
 
 # mypy: disable-error-code="no-untyped-def"
+# With one stage the points go through the first cache.
 TILES = [
-    {"POSITIONS": 64, "ROWS": 64, "INNER": 32, "stages": 2},
-    {"POSITIONS": 64, "ROWS": 128, "INNER": 32, "stages": 2},
-    {"POSITIONS": 128, "ROWS": 64, "INNER": 32, "warps": 8, "stages": 2},
-    {"POSITIONS": 64, "ROWS": 256, "INNER": 32, "warps": 8, "stages": 2},
-    {"POSITIONS": 32, "ROWS": 128, "INNER": 64, "stages": 2},
-    {"POSITIONS": 16, "ROWS": 64, "INNER": 64, "stages": 2},
+    {"POSITIONS": 64, "ROWS": 64, "INNER": 32, "stages": 1},
+    {"POSITIONS": 32, "ROWS": 64, "INNER": 32, "stages": 1},
+    {"POSITIONS": 64, "ROWS": 64, "INNER": 16, "stages": 1},
+    {"POSITIONS": 64, "ROWS": 64, "INNER": 16, "warps": 8, "stages": 1},
+    {"POSITIONS": 64, "ROWS": 128, "INNER": 16, "stages": 1},
+    {"POSITIONS": 64, "ROWS": 256, "INNER": 32, "warps": 8, "stages": 1},
+    {"POSITIONS": 64, "ROWS": 256, "INNER": 16, "warps": 8, "stages": 1},
+]
+BY_POSITION = [
+    {"POSITIONS": 16, "INNER": 64},
+    {"POSITIONS": 8, "INNER": 64, "warps": 2},
+    {"POSITIONS": 4, "INNER": 64, "warps": 1},
+    {"POSITIONS": 4, "INNER": 128, "warps": 2},
+    {"POSITIONS": 8, "INNER": 32, "warps": 1},
+    {"POSITIONS": 32, "INNER": 16, "warps": 2},
 ]
 BY_CHANNEL = [
     {"POSITIONS": 32, "ROWS": 32},
@@ -44,9 +61,11 @@ BY_CHANNEL = [
     {"POSITIONS": 8, "ROWS": 128},
 ]
 KEY = ["rows", "inner", "segment", "RANK", "K2"]
-# A weight's gradient is split along positions, into at most MOST parts: up to BUSY programs of EACH
-# positions or more.
-BUSY, EACH, MOST = 512, 1024, 64
+# A depthwise weight's gradient is split along positions, into at most MOST parts: up to BUSY
+# programs of EACH positions or more.
+BUSY, EACH, MOST = 2048, 512, 64
+# Numbers in the columns of a few samples, and programs that their product with the slopes needs.
+COLUMNS, ENOUGH = 2**25, 256
 
 
 @triton.jit
@@ -130,8 +149,8 @@ def sampled(
 @triton.jit
 def forward(
     out, source, offset, weight, bias, modulation,
-    batch, rows, inner, segment, groups, by_offset,
-    L0, L1, L2, O0, O1, O2,
+    batch, positions, rows, inner, segment, groups, by_offset,
+    L0, L1, L2, O1, O2,
     ON, OC, OP, SN, SP, FN, FC, FP, MN, MC, MP, WO, WC, WK,
     RANK: tl.constexpr, MODULATED: tl.constexpr, BIASED: tl.constexpr,
     PRECISION: tl.constexpr, DOUBLE: tl.constexpr, FAR: tl.constexpr,
@@ -143,7 +162,6 @@ def forward(
 ):  # fmt: skip
     """out[o, p] = bias[o] + sum_{c, k} weight[o, c, k] modulation[k, p] source(place(p, k))[c]."""
     TAPS: tl.constexpr = K0 * K1 * K2
-    positions = O0 * O1 * O2
     SUM: tl.constexpr = tl.float64 if DOUBLE else tl.float32
     program = wide(tl.program_id(0), FAR)
     zero = program * 0  # in the width of addresses
@@ -157,10 +175,16 @@ def forward(
     total = tl.zeros((POSITIONS, ROWS), SUM)
     for s in range(inner // segment):
         first = g * inner + s * segment
+        tap = first // by_offset * TAPS
+        x0, x1, x2 = places(
+            offset + n * FN + p * FP, tap, 0, o0, o1, o2, FC, real, SUM, RANK,
+            K0, K1, K2, S0, S1, S2, P0, P1, P2, D0, D1, D2,
+        )  # fmt: skip
         for k in range(TAPS):
-            tap = first // by_offset * TAPS + k
-            x0, x1, x2 = places(
-                offset + n * FN + p * FP, tap, k, o0, o1, o2, FC, real, SUM, RANK,
+            # On their way during this tap; after the last one, again its own.
+            next_k = tl.minimum(k + 1, TAPS - 1)
+            y0, y1, y2 = places(
+                offset + n * FN + p * FP, tap + next_k, next_k, o0, o1, o2, FC, real, SUM, RANK,
                 K0, K1, K2, S0, S1, S2, P0, P1, P2, D0, D1, D2,
             )  # fmt: skip
             for start in range(0, segment, INNER):
@@ -169,7 +193,7 @@ def forward(
                 lines = source + (n * SN)[:, None]
                 value = sampled(lines, first + j, used, x0, x1, x2, L0, L1, L2, zero, SP, RANK, SUM)
                 if MODULATED:
-                    at = modulation + n * MN + tap * MC + p * MP
+                    at = modulation + n * MN + (tap + k) * MC + p * MP
                     value *= tl.load(at, mask=real, other=0).to(SUM)[:, None]
                 at = weight + channel[None, :] * WO + k * WK
                 factor = tl.load(
@@ -180,6 +204,7 @@ def forward(
                 total = tl.dot(
                     value, factor, total, input_precision=PRECISION, out_dtype=total.dtype
                 )
+            x0, x1, x2 = y0, y1, y2
     if BIASED:
         add = tl.load(bias + channel, mask=i < rows, other=0)
         total += add.to(SUM)[None, :]
@@ -192,11 +217,11 @@ def forward(
 @triton.jit
 def forward_depthwise(
     out, source, offset, weight, bias, modulation,
-    batch, rows, inner, segment, groups, by_offset,
-    L0, L1, L2, O0, O1, O2,
+    batch, positions, rows, inner, segment, groups, by_offset,
+    L0, L1, L2, O1, O2,
     ON, OC, OP, SN, SP, FN, FC, FP, MN, MC, MP, WO, WC, WK,
     RANK: tl.constexpr, MODULATED: tl.constexpr, BIASED: tl.constexpr,
-    PRECISION: tl.constexpr, DOUBLE: tl.constexpr, FAR: tl.constexpr,
+    DOUBLE: tl.constexpr, FAR: tl.constexpr,
     K0: tl.constexpr, K1: tl.constexpr, K2: tl.constexpr,
     S0: tl.constexpr, S1: tl.constexpr, S2: tl.constexpr,
     P0: tl.constexpr, P1: tl.constexpr, P2: tl.constexpr,
@@ -208,7 +233,6 @@ def forward_depthwise(
     `rows` is the number of output channels for each input channel.
     """
     TAPS: tl.constexpr = K0 * K1 * K2
-    positions = O0 * O1 * O2
     SUM: tl.constexpr = tl.float64 if DOUBLE else tl.float32
     program = wide(tl.program_id(0), FAR)
     zero = program * 0  # in the width of addresses
@@ -243,214 +267,178 @@ def forward_depthwise(
     tl.store(target, total.to(out.dtype.element_ty), mask=used)
 
 
-@tuned(
-    [tile for tile in TILES if tile["ROWS"] <= 128], [*KEY, "DEPTHWISE"], reset_to_zero=["by_input"]
-)
+@tuned(BY_POSITION, [*KEY, "DEPTHWISE"], reset_to_zero=["by_input"], restore_value=["columns"])
 @triton.jit
 def backward(
-    by_input, by_offsets, by_modulation, grad, source, offset, weight, modulation,
-    batch, rows, inner, segment, groups, by_offset, offset_groups,
-    L0, L1, L2, O0, O1, O2,
+    by_input, by_offsets, by_modulation, columns, grad, source, offset, weight, modulation,
+    batch, positions, rows, inner, segment, by_offset, offset_groups,
+    L0, L1, L2, O1, O2,
     ON, OC, OP, SN, SP, FN, FC, FP, MN, MC, MP, WO, WC, WK,
-    # steps of the gradients of offset and modulation
-    GN, GC, GP, HN, HC, HP,
+    # steps of the gradients of offset and modulation, of columns along sample and position
+    GN, GC, GP, HN, HC, HP, CN, CP,
     RANK: tl.constexpr, MODULATED: tl.constexpr, DEPTHWISE: tl.constexpr,
-    INPUT: tl.constexpr, OFFSET: tl.constexpr, MODULATION: tl.constexpr,
-    PRECISION: tl.constexpr, DOUBLE: tl.constexpr, FAR: tl.constexpr,
+    INPUT: tl.constexpr, OFFSET: tl.constexpr, MODULATION: tl.constexpr, KEEP: tl.constexpr,
+    DOUBLE: tl.constexpr, FAR: tl.constexpr,
     K0: tl.constexpr, K1: tl.constexpr, K2: tl.constexpr,
     S0: tl.constexpr, S1: tl.constexpr, S2: tl.constexpr,
     P0: tl.constexpr, P1: tl.constexpr, P2: tl.constexpr,
     D0: tl.constexpr, D1: tl.constexpr, D2: tl.constexpr,
-    POSITIONS: tl.constexpr, ROWS: tl.constexpr, INNER: tl.constexpr,
+    POSITIONS: tl.constexpr, INNER: tl.constexpr,
 ):  # fmt: skip
-    """The gradients of the input (added to), of offset and of modulation, by tap and position.
+    """The gradients of the input (added to), of offset and of modulation.
 
-    slope[p, c] = sum_o grad[o, p] weight[o, c, k] is that of a modulated sample; each of the points
-    around it gets its share of it.
+    slope[p, c] = sum_o grad[o, p] weight[o, c, k] is that of a modulated sample, and stands in the
+    columns unless DEPTHWISE; each of the points around it gets its share of it. KEEP: the samples
+    replace the slopes.
     """
     TAPS: tl.constexpr = K0 * K1 * K2
-    positions = O0 * O1 * O2
     SUM: tl.constexpr = tl.float64 if DOUBLE else tl.float32
     program = wide(tl.program_id(0), FAR)
     zero = program * 0  # in the width of addresses
-    k = program % TAPS
-    h = program // TAPS % offset_groups
-    m = (program // (TAPS * offset_groups)) * POSITIONS + tl.arange(0, POSITIONS)
+    h = program % offset_groups
+    m = program // offset_groups * POSITIONS + tl.arange(0, POSITIONS)
     real, n, p = m < batch * positions, m // positions, m % positions
     o0, o1, o2 = p // (O1 * O2), p // O2 % O1, p % O2
-    tap = h * TAPS + k
-    x0, x1, x2 = places(
-        offset + n * FN + p * FP, tap, k, o0, o1, o2, FC, real, SUM, RANK,
-        K0, K1, K2, S0, S1, S2, P0, P1, P2, D0, D1, D2,
-    )  # fmt: skip
-    factor = (real * 1.0).to(SUM)
-    if MODULATED:
-        at = modulation + n * MN + tap * MC + p * MP
-        factor = tl.load(at, mask=real, other=0).to(SUM)
-    # Of modulation, and of the place in each dimension.
-    t, t0, t1, t2 = factor * 0, factor * 0, factor * 0, factor * 0
-    for s in range(by_offset // segment):
-        first = h * by_offset + s * segment
-        g = first // inner
-        for start in range(0, segment, INNER):
-            j = start + tl.arange(0, INNER)
-            c = first + j
-            used = real[:, None] & (j < segment)[None, :]
-            slope = tl.zeros((POSITIONS, INNER), SUM)
-            slopes = grad + (n * ON + p * OP)[:, None]
-            if DEPTHWISE:
-                for r in range(rows):
-                    channel = c * rows + r
-                    y = tl.load(slopes + channel[None, :] * OC, mask=used, other=0)
-                    w = tl.load(weight + channel * WO + k * WK, mask=j < segment, other=0)
-                    slope += y.to(SUM) * w.to(SUM)[None, :]
-            else:
-                for row in range(0, rows, ROWS):
-                    i = row + tl.arange(0, ROWS)
-                    channel = g * rows + i
-                    y = tl.load(
-                        slopes + channel[None, :] * OC,
-                        mask=real[:, None] & (i < rows)[None, :], other=0,
-                    )  # fmt: skip
-                    w = tl.load(
-                        weight + channel[:, None] * WO + (c - g * inner)[None, :] * WC + k * WK,
-                        mask=(i < rows)[:, None] & (j < segment)[None, :], other=0,
-                    )  # fmt: skip
-                    slope = tl.dot(y, w, slope, input_precision=PRECISION, out_dtype=slope.dtype)
-            for corner in tl.static_range(1 << RANK):
-                index, exists, s0, s1, s2 = corner_of(x0, x1, x2, L0, L1, L2, zero, corner, RANK)
-                there = used & exists[:, None]
-                row_at = (n * SN)[:, None] + index[:, None] * SP + c[None, :]
-                if INPUT:
-                    given = slope * (factor * s0 * s1 * s2)[:, None]
-                    tl.atomic_add(by_input + row_at, given, mask=there, sem="relaxed")
-                if OFFSET or MODULATION:
-                    point = tl.load(source + row_at, mask=there, other=0).to(SUM)
-                    seen = tl.sum(slope * point, 1)
-                    t += seen * (s0 * s1 * s2)
-                    seen = seen * factor
-                    t2 += seen * s0 * s1 * ((corner & 1) * 2 - 1)
-                    if RANK > 1:
-                        t1 += seen * s0 * s2 * ((corner & 2) - 1)
-                    if RANK > 2:
-                        t0 += seen * s1 * s2 * ((corner & 4) // 2 - 1)
-    if OFFSET:
-        at = by_offsets + n * GN + p * GP
-        kind = by_offsets.dtype.element_ty
-        tl.store(at + (tap * RANK + RANK - 1) * GC, t2.to(kind), mask=real)
-        if RANK > 1:
-            tl.store(at + (tap * RANK + RANK - 2) * GC, t1.to(kind), mask=real)
-        if RANK > 2:
-            tl.store(at + (tap * RANK) * GC, t0.to(kind), mask=real)
-    if MODULATION:
-        at = by_modulation + n * HN + tap * HC + p * HP
-        tl.store(at, t.to(by_modulation.dtype.element_ty), mask=real)
+    slopes = grad + (n * ON + p * OP)[:, None]
+    for k in range(TAPS):
+        tap = h * TAPS + k
+        x0, x1, x2 = places(
+            offset + n * FN + p * FP, tap, k, o0, o1, o2, FC, real, SUM, RANK,
+            K0, K1, K2, S0, S1, S2, P0, P1, P2, D0, D1, D2,
+        )  # fmt: skip
+        factor = (real * 1.0).to(SUM)
+        if MODULATED:
+            at = modulation + n * MN + tap * MC + p * MP
+            factor = tl.load(at, mask=real, other=0).to(SUM)
+        # Of modulation, and of the place in each dimension.
+        t, t0, t1, t2 = factor * 0, factor * 0, factor * 0, factor * 0
+        for s in range(by_offset // segment):
+            first = h * by_offset + s * segment
+            for start in range(0, segment, INNER):
+                j = start + tl.arange(0, INNER)
+                c = first + j
+                used = real[:, None] & (j < segment)[None, :]
+                place = columns + (n * CN + p * CP)[:, None]
+                place += (c + (first // inner * (TAPS - 1) + k) * inner)[None, :]
+                if DEPTHWISE:
+                    slope = tl.zeros((POSITIONS, INNER), SUM)
+                    for r in range(rows):
+                        channel = c * rows + r
+                        y = tl.load(slopes + channel[None, :] * OC, mask=used, other=0)
+                        w = tl.load(weight + channel * WO + k * WK, mask=j < segment, other=0)
+                        slope += y.to(SUM) * w.to(SUM)[None, :]
+                else:
+                    slope = tl.load(place, mask=used, other=0).to(SUM)
+                sample = tl.zeros((POSITIONS, INNER), SUM)
+                for corner in tl.static_range(1 << RANK):
+                    index, exists, s0, s1, s2 = corner_of(
+                        x0, x1, x2, L0, L1, L2, zero, corner, RANK
+                    )
+                    there = used & exists[:, None]
+                    row_at = (n * SN)[:, None] + index[:, None] * SP + c[None, :]
+                    if INPUT:
+                        given = slope * (factor * s0 * s1 * s2)[:, None]
+                        tl.atomic_add(by_input + row_at, given, mask=there, sem="relaxed")
+                    if OFFSET or MODULATION or KEEP:
+                        point = tl.load(source + row_at, mask=there, other=0).to(SUM)
+                        sample += (s0 * s1 * s2)[:, None] * point
+                    if OFFSET:
+                        seen = tl.sum(slope * point, 1) * factor
+                        t2 += seen * s0 * s1 * ((corner & 1) * 2 - 1)
+                        if RANK > 1:
+                            t1 += seen * s0 * s2 * ((corner & 2) - 1)
+                        if RANK > 2:
+                            t0 += seen * s1 * s2 * ((corner & 4) // 2 - 1)
+                if MODULATION:
+                    t += tl.sum(slope * sample, 1)
+                if KEEP:
+                    kept = (sample * factor[:, None]).to(columns.dtype.element_ty)
+                    tl.store(place, kept, mask=used)
+        if OFFSET:
+            at = by_offsets + n * GN + p * GP
+            kind = by_offsets.dtype.element_ty
+            tl.store(at + (tap * RANK + RANK - 1) * GC, t2.to(kind), mask=real)
+            if RANK > 1:
+                tl.store(at + (tap * RANK + RANK - 2) * GC, t1.to(kind), mask=real)
+            if RANK > 2:
+                tl.store(at + (tap * RANK) * GC, t0.to(kind), mask=real)
+        if MODULATION:
+            at = by_modulation + n * HN + tap * HC + p * HP
+            tl.store(at, t.to(by_modulation.dtype.element_ty), mask=real)
 
 
-@tuned([tile for tile in TILES if tile["ROWS"] <= 128], [*KEY, "DEPTHWISE"])
+@tuned(BY_CHANNEL, ["rows", "inner", "RANK", "K2"])
 @triton.jit
-def by_weight(
+def by_weight_depthwise(
     out, grad, source, offset, modulation,
-    batch, rows, inner, segment, groups, by_offset, parts,
-    L0, L1, L2, O0, O1, O2,
-    ON, OC, OP, SN, SP, FN, FC, FP, MN, MC, MP, XS, XO, XC, XK,
-    RANK: tl.constexpr, MODULATED: tl.constexpr, DEPTHWISE: tl.constexpr,
-    PRECISION: tl.constexpr, DOUBLE: tl.constexpr, FAR: tl.constexpr,
+    batch, positions, rows, inner, groups, parts,
+    L0, L1, L2, O1, O2,
+    ON, OC, OP, SN, SP, FN, FC, FP, MN, MC, MP, XS, XO, XK,
+    RANK: tl.constexpr, MODULATED: tl.constexpr, DOUBLE: tl.constexpr, FAR: tl.constexpr,
     K0: tl.constexpr, K1: tl.constexpr, K2: tl.constexpr,
     S0: tl.constexpr, S1: tl.constexpr, S2: tl.constexpr,
     P0: tl.constexpr, P1: tl.constexpr, P2: tl.constexpr,
     D0: tl.constexpr, D1: tl.constexpr, D2: tl.constexpr,
-    POSITIONS: tl.constexpr, ROWS: tl.constexpr, INNER: tl.constexpr,
+    POSITIONS: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
-    """out[o, c, k] = sum_p grad[o, p] sample[p, c, k], the positions in `parts` parts.
+    """out[o, k] = sum_p grad[o, p] sample[p, o // rows, k], the positions in `parts` parts.
 
-    DEPTHWISE: `inner` channels under one offset group, each with `rows` outputs; out[o, k].
+    `groups` and `inner` are those of the offset and their channels, `rows` the outputs of each.
     """
     TAPS: tl.constexpr = K0 * K1 * K2
-    positions = O0 * O1 * O2
     SUM: tl.constexpr = tl.float64 if DOUBLE else tl.float32
     program = wide(tl.program_id(0), FAR)
     zero = program * 0  # in the width of addresses
+    height = inner * rows
+    tall = tl.cdiv(height, ROWS)
     k = program % TAPS
-    height = rows
-    if DEPTHWISE:
-        height = inner * rows
-    tall, across = tl.cdiv(height, ROWS), tl.cdiv(segment, INNER)
-    if DEPTHWISE:
-        across = 1
-    block = program // TAPS
-    i = block % tall * ROWS + tl.arange(0, ROWS)
-    j = block // tall % across * INNER + tl.arange(0, INNER)
-    segments = inner // segment
-    s = block // (tall * across) % segments
-    g = block // (tall * across * segments) % groups
-    part = block // (tall * across * segments * groups)
-    first = g * inner + s * segment
-    tap = first // by_offset * TAPS + k
-    channel = g * height + i
+    i = program // TAPS % tall * ROWS + tl.arange(0, ROWS)
+    g = program // (TAPS * tall) % groups
+    part = program // (TAPS * tall * groups)
+    tap, channel = g * TAPS + k, g * height + i
     length = tl.cdiv(batch * positions, parts * POSITIONS) * POSITIONS
-    begin = part * length
-    total = tl.zeros((ROWS, INNER), SUM)
-    column = tl.zeros((ROWS,), SUM)
+    total = tl.zeros((POSITIONS, ROWS), SUM)
     for start in range(0, length, POSITIONS):
-        m = begin + start + tl.arange(0, POSITIONS)
+        m = part * length + start + tl.arange(0, POSITIONS)
         real, n, p = m < batch * positions, m // positions, m % positions
         o0, o1, o2 = p // (O1 * O2), p // O2 % O1, p % O2
         x0, x1, x2 = places(
             offset + n * FN + p * FP, tap, k, o0, o1, o2, FC, real, SUM, RANK,
             K0, K1, K2, S0, S1, S2, P0, P1, P2, D0, D1, D2,
         )  # fmt: skip
-        lines = source + (n * SN)[:, None]
-        factor = (real * 1.0).to(SUM)
+        used = real[:, None] & (i < height)[None, :]
+        value = sampled(
+            source + (n * SN)[:, None], channel // rows, used, x0, x1, x2,
+            L0, L1, L2, zero, SP, RANK, SUM,
+        )  # fmt: skip
         if MODULATED:
             at = modulation + n * MN + tap * MC + p * MP
-            factor = tl.load(at, mask=real, other=0).to(SUM)
-        if DEPTHWISE:
-            used = real[:, None] & (i < height)[None, :]
-            value = sampled(
-                lines, first + i // rows, used, x0, x1, x2, L0, L1, L2, zero, SP, RANK, SUM
-            )
-            at = grad + (n * ON + p * OP)[:, None] + channel[None, :] * OC
-            slope = tl.load(at, mask=used, other=0).to(SUM)
-            column += tl.sum(slope * value * factor[:, None], 0)
-        else:
-            used = real[:, None] & (j < segment)[None, :]
-            value = sampled(lines, first + j, used, x0, x1, x2, L0, L1, L2, zero, SP, RANK, SUM)
-            value *= factor[:, None]
-            at = grad + channel[:, None] * OC + (n * ON + p * OP)[None, :]
-            slope = tl.load(at, mask=(i < height)[:, None] & real[None, :], other=0)
-            total = tl.dot(
-                slope, value.to(slope.dtype), total, input_precision=PRECISION,
-                out_dtype=total.dtype,
-            )  # fmt: skip
-    at = out + part * XS + channel * XO + k * XK
-    if DEPTHWISE:
-        tl.store(at, column, mask=i < height)
-    else:
-        used = (i < height)[:, None] & (j < segment)[None, :]
-        tl.store(at[:, None] + (s * segment + j)[None, :] * XC, total, mask=used)
+            value *= tl.load(at, mask=real, other=0).to(SUM)[:, None]
+        at = grad + (n * ON + p * OP)[:, None] + channel[None, :] * OC
+        total += value * tl.load(at, mask=used, other=0).to(SUM)
+    tl.store(out + part * XS + channel * XO + k * XK, tl.sum(total, 0), mask=i < height)
 
 
 # Launches --------------------------------------------------------------------------------------
 
 
 class Call:
-    """What all launches of one call share.
+    """What all launches of one call share; `output` is the output or its gradient, (N, C, P).
 
-    Of a depthwise convolution, `inner` and `groups` count the channels and groups of the offset:
-    what its kernels go through.
+    Of a depthwise convolution, `segment` counts the channels of an offset group.
     """
 
     def __init__(
         self,
         output: Tensor,
+        sizes: list[int],
         input: Tensor,
         offset: Tensor,
         weight: Tensor,
         modulation: Tensor | None,
         settings: tuple[Any, ...],
     ) -> None:
-        rank, groups = input.dim() - 2, settings[3]
+        self.rank, self.groups = input.dim() - 2, settings[3]
         self.geometry = geometry_of(weight.shape[2:], settings)
         self.taps = prod(weight.shape[2:])
         self.lines = rows_of(input)
@@ -458,30 +446,32 @@ class Call:
         # (C_out, C_in / groups, taps), its channels last in memory.
         self.kernel = weight.flatten(2).transpose(1, 2).contiguous().transpose(1, 2)
         self.modulation = None if modulation is None else modulation.flatten(2)
-        self.output = output.flatten(2)
-        self.channels, self.groups = input.shape[1], groups
-        self.rows, self.inner = weight.shape[0] // groups, weight.shape[1]
-        self.offset_groups = offset.shape[1] // (self.taps * rank)
+        self.output, self.sizes = output, sizes
+        self.channels = input.shape[1]
+        self.rows, self.inner = weight.shape[0] // self.groups, weight.shape[1]
+        self.offset_groups = offset.shape[1] // (self.taps * self.rank)
         self.by_offset = self.channels // self.offset_groups
         self.depthwise = self.inner == 1
         self.segment = self.by_offset if self.depthwise else gcd(self.inner, self.by_offset)
-        self.batch, self.positions = output.shape[0], self.output.shape[2]
-        self.sizes = sizes_of(input, output)
+        self.batch, self.positions = output.shape[0], output.shape[2]
         tensors = (self.lines, self.offset, self.kernel, self.output, self.modulation)
         self.options = {
-            "RANK": rank,
+            "RANK": self.rank,
             "MODULATED": modulation is not None,
-            "PRECISION": precision(input),
             "DOUBLE": input.dtype == torch.float64,
             "FAR": far(*tensors),
             **constants(self.geometry),
         }
 
+    @property
+    def given(self) -> Tensor:
+        """The modulation, or a tensor in its place."""
+        return self.offset if self.modulation is None else self.modulation
+
     def steps(self) -> list[int]:
         """Of output, rows of the input, offset, modulation."""
-        given = self.offset if self.modulation is None else self.modulation
         rows = self.lines.stride()[:2]
-        return [*self.output.stride(), *rows, *self.offset.stride(), *given.stride()]
+        return [*self.output.stride(), *rows, *self.offset.stride(), *self.given.stride()]
 
     def blocks(self, tile: dict[str, int]) -> int:
         """Of positions."""
@@ -499,7 +489,8 @@ def _forward(
     output = output_like(input, eager.shape(input, offset, weight))
     if not output.numel():
         return output
-    call = Call(output, input, offset, weight, modulation, settings)
+    sizes = sizes_of(input, output)
+    call = Call(output.flatten(2), sizes, input, offset, weight, modulation, settings)
 
     def grid(tile: dict[str, int]) -> tuple[int]:
         if call.depthwise:
@@ -509,16 +500,15 @@ def _forward(
 
     arguments = (
         call.output, call.lines, call.offset, call.kernel,
-        call.kernel if bias is None else bias.contiguous(),
-        call.offset if modulation is None else call.modulation,
-        call.batch, call.rows, call.inner, call.segment, call.groups, call.by_offset,
-        *call.sizes, *call.steps(), *call.kernel.stride(),
+        call.kernel if bias is None else bias.contiguous(), call.given,
+        call.batch, call.positions, call.rows, call.inner, call.segment, call.groups,
+        call.by_offset, *sizes[:3], *sizes[4:], *call.steps(), *call.kernel.stride(),
     )  # fmt: skip
     options = call.options | {"BIASED": bias is not None}
     if call.depthwise:
         launch(forward_depthwise)[grid](*arguments, **options)
     else:
-        launch(forward)[grid](*arguments, **options)
+        launch(forward)[grid](*arguments, PRECISION=precision(input), **options)
     return output
 
 
@@ -532,66 +522,124 @@ def _backward(
     *rest: Any,
 ) -> list[Tensor | None]:
     *settings, mask = rest
-    gx = goffset = gmodulation = gw = None
     gb = grad.sum((0, *range(2, grad.dim()))) if mask[3] else None
     if not grad.numel():
         zeros = [None if t is None else torch.zeros_like(t) for t in (input, offset, weight)]
         return [*zeros, gb, None if modulation is None else torch.zeros_like(modulation)]
-    call = Call(grad, input, offset, weight, modulation, tuple(settings))
-    if mask[0] or mask[1] or mask[4]:
-        gx, goffset, gmodulation = _of_data(call, input, [mask[0], mask[1], mask[4]])
-    if mask[2]:
-        gw = _of_weight(call).to(weight.dtype).reshape(weight.shape)
-    return [gx, goffset, gw, gb, gmodulation]
-
-
-def _of_data(call: Call, input: Tensor, wanted: list[bool]) -> list[Tensor | None]:
-    """The gradients of input, offset and modulation that are wanted."""
-    kind = torch.float64 if input.dtype == torch.float64 else torch.float32
-    none = call.offset.new_zeros(1, dtype=kind)
-    gx = torch.zeros_like(call.lines, dtype=kind) if wanted[0] else none
-    goffset = torch.empty_like(call.offset) if wanted[1] else none
-    given = call.offset if call.modulation is None else call.modulation
-    gmodulation = torch.empty_like(given) if wanted[2] else none
-    grid = lambda tile: (call.blocks(tile) * call.taps * call.offset_groups,)
-    launch(backward)[grid](
-        gx, goffset, gmodulation, call.output, call.lines, call.offset, call.kernel, given,
-        call.batch, call.rows, call.inner, call.segment, call.groups, call.by_offset,
-        call.offset_groups, *call.sizes, *call.steps(), *call.kernel.stride(),
-        *(goffset.stride() if wanted[1] else (0, 0, 0)),
-        *(gmodulation.stride() if wanted[2] else (0, 0, 0)),
-        DEPTHWISE=call.depthwise, INPUT=wanted[0], OFFSET=wanted[1], MODULATION=wanted[2],
-        **call.options,
-    )  # fmt: skip
-    by_input = gx.transpose(1, 2).reshape(input.shape).to(input.dtype) if wanted[0] else None
-    return [by_input, goffset if wanted[1] else None, gmodulation if wanted[2] else None]
-
-
-def _of_weight(call: Call) -> Tensor:
-    """The gradient of the weight (C_out, C_in / groups, taps), in float32 or float64."""
-    rows, taps = call.kernel.shape[0], call.taps
-    groups, inner = call.groups, call.inner
+    rows = rows_of(grad).transpose(1, 2)
+    sizes = sizes_of(input, grad)
+    call = Call(rows, sizes, input, offset, weight, modulation, tuple(settings))
+    gradients = Gradients(call, [mask[0], mask[1], mask[4], mask[2]])
     if call.depthwise:
-        groups, inner = call.offset_groups, call.by_offset
-    tiles = taps * groups * triton.cdiv(rows // groups, 64) * triton.cdiv(call.segment, 32)
+        if any(gradients.wanted[:3]):
+            gradients.add(slice(0, call.batch), None)
+        gw = _of_depthwise_weight(call) if mask[2] else None
+    else:
+        gw = _by_columns(call, gradients)
+    gx, goffset, gmodulation = gradients.results()
+    if gx is not None:
+        gx = gx.transpose(1, 2).reshape(input.shape).to(input.dtype)
+    return [gx, goffset, None if gw is None else gw.to(weight.dtype), gb, gmodulation]
+
+
+class Gradients:
+    """Those of input, offset and modulation, if wanted; the fourth that may be is the weight's."""
+
+    def __init__(self, call: Call, wanted: list[bool]) -> None:
+        self.call, self.wanted = call, wanted
+        kind = torch.float64 if call.lines.dtype == torch.float64 else torch.float32
+        none = call.offset.new_zeros(1, 1, 1)
+        self.input = torch.zeros_like(call.lines, dtype=kind) if wanted[0] else none.to(kind)
+        self.offset = torch.empty_like(call.offset) if wanted[1] else none
+        self.modulation = torch.empty_like(call.given) if wanted[2] else none
+
+    def add(self, part: slice, columns: Tensor | None) -> None:
+        """Of a few samples; `columns` (N, P, channels) has their slopes, and gets the samples."""
+        call, take = self.call, lambda t: t[part] if len(t) > 1 else t
+        batch = part.stop - part.start
+        place = call.lines.new_empty(1, 1, 1) if columns is None else columns
+        grid = lambda tile: (
+            triton.cdiv(batch * call.positions, tile["POSITIONS"]) * call.offset_groups,
+        )
+        launch(backward)[grid](
+            take(self.input), take(self.offset), take(self.modulation), place,
+            take(call.output), take(call.lines), take(call.offset), call.kernel, take(call.given),
+            batch, call.positions, call.rows, call.inner, call.segment, call.by_offset,
+            call.offset_groups, *call.sizes[:3], *call.sizes[4:], *call.steps(),
+            *call.kernel.stride(), *self.offset.stride(), *self.modulation.stride(),
+            *place.stride()[:2], DEPTHWISE=call.depthwise, INPUT=self.wanted[0],
+            OFFSET=self.wanted[1], MODULATION=self.wanted[2],
+            KEEP=self.wanted[3] and not call.depthwise, **call.options,
+        )  # fmt: skip
+
+    def results(self) -> list[Tensor | None]:
+        all_of = (self.input, self.offset, self.modulation)
+        return [t if w else None for t, w in zip(all_of, self.wanted, strict=False)]
+
+
+def _by_columns(call: Call, gradients: Gradients) -> Tensor | None:
+    """Adds to all gradients, a few samples at a time; that of the weight has its number of rows."""
+    if not any(gradients.wanted):
+        return None
+    width = call.channels * call.taps
+    size = call.batch
+    if not isinstance(size, torch.SymInt):
+        size = max(1, min(size, COLUMNS // (call.positions * width)))
+    # (1, groups * taps * C_in / groups, 1, rows): what a slope takes from each output.
+    kernel = call.kernel.unflatten(0, (call.groups, call.rows)).permute(0, 3, 2, 1)
+    kernel = kernel.reshape(1, width, 1, call.rows).contiguous()
+    flat = call.output.transpose(1, 2)
+    total: Tensor | None = None
+    for part in few_at_a_time(call.batch, size):
+        batch = part.stop - part.start
+        columns = call.lines.new_empty(batch, call.positions, width)
+        one, sizes = Geometry((1,), (1,), (0,), (1,)), [1, 1, call.positions] * 2
+        if any(gradients.wanted[:3]):
+            each = kernel.expand(batch, -1, -1, -1)
+            source = flat[part].transpose(1, 2)
+            convolve(columns.transpose(1, 2), source, each, None, None, sizes, one, call.groups)
+        gradients.add(part, columns)
+        if gradients.wanted[3]:
+            by_part = _product(flat[part], columns, call.groups)
+            total = by_part if total is None else total + by_part
+    if total is None:
+        return None
+    total = total.unflatten(1, (call.taps, call.inner)).transpose(1, 2)
+    return total.reshape(len(total), -1)
+
+
+def _product(slopes: Tensor, columns: Tensor, groups: int) -> Tensor:
+    """sum_m slopes[m, o] columns[m, channel] in float32 or float64, in parts of the positions."""
+    batch, positions, width = columns.shape
+    tiles = batch * triton.cdiv(slopes.shape[2], 128) * triton.cdiv(width, 128)
+    parts = 1
+    if not isinstance(positions, torch.SymInt):
+        while positions % (2 * parts) == 0 and positions > 128 * parts and tiles * parts < ENOUGH:
+            parts *= 2
+    slopes, columns = (
+        t.reshape(batch * parts, positions // parts, -1).transpose(1, 2) for t in (slopes, columns)
+    )
+    one, sizes = Geometry((1,), (1,), (0,), (1,)), [1, 1, positions // parts] * 2
+    kind = torch.float64 if slopes.dtype == torch.float64 else torch.float32
+    return kernel_gradient(slopes, columns, sizes, one, groups, kind).sum(0).squeeze(1)
+
+
+def _of_depthwise_weight(call: Call) -> Tensor:
+    """The gradient of a depthwise weight (C_out, 1, taps), in float32 or float64."""
+    tiles = call.taps * call.offset_groups * triton.cdiv(call.by_offset * call.rows, 64)
     enough = call.batch * call.positions // EACH
     parts = torch.sym_max(1, torch.sym_min(min(MOST, BUSY // tiles), enough))
     kind = torch.float64 if call.kernel.dtype == torch.float64 else torch.float32
-    kernel = call.kernel.transpose(1, 2)
-    out = kernel.new_empty(parts, *kernel.shape, dtype=kind).transpose(2, 3)
+    out = call.kernel.new_empty(parts, call.kernel.shape[0], call.taps, dtype=kind)
 
     def grid(tile: dict[str, int]) -> tuple[int]:
-        if call.depthwise:
-            return (taps * parts * groups * triton.cdiv(inner * call.rows, tile["ROWS"]),)
-        tall = triton.cdiv(call.rows, tile["ROWS"])
-        across = inner // call.segment * triton.cdiv(call.segment, tile["INNER"])
-        return (taps * parts * groups * tall * across,)
+        tall = triton.cdiv(call.by_offset * call.rows, tile["ROWS"])
+        return (call.taps * parts * call.offset_groups * tall,)
 
-    given = call.offset if call.modulation is None else call.modulation
-    launch(by_weight)[grid](
-        out, call.output, call.lines, call.offset, given,
-        call.batch, call.rows, inner, call.segment, groups, call.by_offset, parts,
-        *call.sizes, *call.steps(), *out.stride(), DEPTHWISE=call.depthwise, **call.options,
+    launch(by_weight_depthwise)[grid](
+        out, call.output, call.lines, call.offset, call.given,
+        call.batch, call.positions, call.rows, call.by_offset, call.offset_groups, parts,
+        *call.sizes[:3], *call.sizes[4:], *call.steps(), *out.stride(), **call.options,
     )  # fmt: skip
     return out.sum(0)
 

@@ -6,13 +6,16 @@ of the compiled code; sizes are not, so that images of any size share it.
 """
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from inspect import Parameter, Signature
+from math import prod
 from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from torch._library.triton import is_wrap_triton_enabled
 
 from dynaconv.shapes import Geometry
 
@@ -28,17 +31,25 @@ ANNOTATIONS: dict[str, Any] = {
 }
 # Elements from which on an address needs 64 bits.
 MANY = 2**31
+# Calls: compiled kernel, tile and constants. At most MOST, then they are learned anew.
+KNOWN: dict[tuple, tuple] = {}
+MOST = 4096
 
 
 class First:
     """A kernel under the interpreter, which has nothing to tune: with its first configuration."""
 
-    def __init__(self, kernel: Any, config: triton.Config) -> None:
-        self.kernel, self.config = kernel, config
+    def __init__(self, kernel: Any, configs: list[triton.Config]) -> None:
+        self.kernel, self.configs = kernel, configs
 
     def __getitem__(self, grid: Any) -> Callable:
-        chosen = self.config.kwargs
+        chosen = self.configs[0].kwargs
         return lambda *args, **kwargs: self.kernel[grid](*args, **chosen, **kwargs)
+
+
+def seconds(call: Callable[[], object], quantiles: Sequence[float]) -> Any:
+    """What tuning compares: fewer calls than Triton would make, for there are many shapes."""
+    return triton.testing.do_bench(call, warmup=5, rep=25, quantiles=quantiles)
 
 
 def tuned(
@@ -59,15 +70,55 @@ def tuned(
             for config in configs
         ]
         if INTERPRETING:
-            return First(kernel, made[0])
-        return triton.autotune(made, list(key), cache_results=True, **options)(kernel)
+            return First(kernel, made)
+        options.update(cache_results=True, do_bench=seconds)
+        return triton.autotune(made, list(key), **options)(kernel)
 
     return decorate
 
 
+class Launch:
+    """A kernel as torch.library.triton_op wants it, called as `Launch(kernel)[grid](...)`.
+
+    What Triton works out anew for each call, some 50 microseconds, is kept for calls of the same
+    numbers, dtypes and alignment.
+    """
+
+    def __init__(self, kernel: Any) -> None:
+        self.kernel = kernel
+        self.names = kernel.arg_names
+
+    def __getitem__(self, grid: Any) -> Callable:
+        if is_wrap_triton_enabled():
+            return torch.library.wrap_triton(self.kernel)[grid]
+        return partial(self.run, grid)
+
+    def run(self, grid: Any, *args: Any, **constants: Any) -> None:
+        """Tensors are on one device: it need not be the current one."""
+        device = args[0].device
+        with torch.get_device_module(device).device(device):
+            kinds = [(a.dtype, a.data_ptr() % 16) if isinstance(a, Tensor) else a for a in args]
+            key = (id(self.kernel), device, *kinds, *constants.values())
+            if key not in KNOWN:
+                self.learn(key, grid, args, constants)
+            else:
+                compiled, tile, rest = KNOWN[key]
+                size = grid(tile) if callable(grid) else grid
+                compiled[(*size, 1, 1)[:3]](*args, *rest)
+
+    def learn(self, key: tuple, grid: Any, args: tuple, constants: dict[str, Any]) -> None:
+        """The first call: Triton compiles, and tunes."""
+        compiled = self.kernel[grid](*args, **constants)
+        tile = self.kernel.best_config.kwargs if hasattr(self.kernel, "best_config") else {}
+        given = constants | tile
+        if len(KNOWN) >= MOST:
+            KNOWN.clear()
+        KNOWN[key] = compiled, tile, [given[name] for name in self.names[len(args) :]]
+
+
 def launch(kernel: Any) -> Any:
-    """The kernel as torch.library.triton_op wants it."""
-    return kernel if INTERPRETING else torch.library.wrap_triton(kernel)
+    """The kernel, to be called as `launch(kernel)[grid](...)`."""
+    return kernel if INTERPRETING else Launch(kernel)
 
 
 def three(values: Sequence[Any], fill: Any) -> list[Any]:
@@ -75,9 +126,47 @@ def three(values: Sequence[Any], fill: Any) -> list[Any]:
     return [fill] * (3 - len(values)) + list(values)
 
 
-def rows_of(tensor: Tensor) -> Tensor:
-    """(N, C, *L) as (N, P, C) in one piece: a view where the channels are last in memory."""
-    return tensor.flatten(2).transpose(1, 2).contiguous()
+def rows_of(tensor: Tensor, padding: Sequence[int] = ()) -> Tensor:
+    """(N, C, *L) as (N, P, C) in one piece: a view where the channels are last in memory.
+
+    With padding P is that of a grid with so many zeros on both sides of each dimension.
+    """
+    return transposed(tensor.flatten(2)) if not any(padding) else laid(tensor, padding)
+
+
+def transposed(tensor: Tensor) -> Tensor:
+    """(N, A, B) as (N, B, A) in one piece."""
+    return laid(tensor, ()) if tensor.stride(1) != 1 else tensor.transpose(1, 2).contiguous()
+
+
+def laid(tensor: Tensor, padding: Sequence[int]) -> Tensor:
+    """(N, A, *L) as (N, P, A), with zeros around L."""
+    sizes, around = three(tensor.shape[2:], 1), three(padding, 0)
+    wide = [n + 2 * p for n, p in zip(sizes, around, strict=True)]
+    flat = tensor.flatten(2)
+    batch, rows, length = *flat.shape[:2], prod(wide)
+    out = tensor.new_empty(batch, length, rows)
+    if not out.numel():
+        return out
+    tile = tile_of(rows, length)
+    grid = (batch * triton.cdiv(rows, tile[0]) * triton.cdiv(length, tile[1]),)
+    launch(lay)[grid](
+        out, flat, rows, length, *sizes, *wide, *flat.stride(),
+        PADDED=any(around), FAR=far(out, flat), P0=around[0], P1=around[1], P2=around[2],
+        ROWS=tile[0], LENGTH=tile[1],
+    )  # fmt: skip
+    return out
+
+
+def tile_of(rows: int, length: int, numbers: int = 4096) -> tuple[int, int]:
+    """The sides of a tile of a matrix: powers of two, 64 or what a short side leaves over."""
+    short = lambda n: 64 if n >= 64 else triton.next_power_of_2(int(n))
+    tall, broad = short(rows), short(length)
+    while tall * broad < numbers and rows >= 2 * tall:
+        tall *= 2
+    while tall * broad < numbers and length >= 2 * broad:
+        broad *= 2
+    return tall, broad
 
 
 def bound(positions: int) -> int:
@@ -147,6 +236,30 @@ def wide(index, FAR: tl.constexpr):
     if FAR:
         index = index.to(tl.int64)
     return index
+
+
+@triton.jit
+def lay(
+    out, source, rows, length, L0, L1, L2, H0, H1, H2, SN, SR, SP,
+    PADDED: tl.constexpr, FAR: tl.constexpr,
+    P0: tl.constexpr, P1: tl.constexpr, P2: tl.constexpr,
+    ROWS: tl.constexpr, LENGTH: tl.constexpr,
+):  # fmt: skip
+    """out[n, p, r] = source[n, r, p], where L is in the middle of H and zeros are around it."""
+    program = wide(tl.program_id(0), FAR)
+    blocks, parts = tl.cdiv(length, LENGTH), tl.cdiv(rows, ROWS)
+    p = program % blocks * LENGTH + tl.arange(0, LENGTH)
+    r = program // blocks % parts * ROWS + tl.arange(0, ROWS)
+    n = program // (blocks * parts)
+    there = (p < length)[None, :] & (r < rows)[:, None]
+    q, used = p, there
+    if PADDED:
+        h0, h1, h2 = p // (H1 * H2) - P0, p // H2 % H1 - P1, p % H2 - P2
+        inside = (h0 >= 0) & (h0 < L0) & (h1 >= 0) & (h1 < L1) & (h2 >= 0) & (h2 < L2)
+        q, used = (h0 * L1 + h1) * L2 + h2, there & inside[None, :]
+    tile = tl.load(source + n * SN + r[:, None] * SR + q[None, :] * SP, mask=used, other=0)
+    target = out + n * length * rows + p[:, None] * rows + r[None, :]
+    tl.store(target, tl.trans(tile), mask=tl.trans(there))
 
 
 @triton.jit
