@@ -345,7 +345,8 @@ def page() -> str:
         content = json.loads(path.read_text(encoding="utf-8"))
         parts.append(
             f"\n## {content['device']}\n\ntorch {content['torch']}, triton {content['triton']}, "
-            f"commit {content['commit']}.\n"
+            f"commit {content['commit']}. {content.get('note', '')}".rstrip()
+            + "\n"
         )
         for table in content["tables"]:
             table["rows"] = [Row(**row) for row in table["rows"]]

@@ -96,7 +96,7 @@ class Launch:
     def run(self, grid: Any, *args: Any, **constants: Any) -> None:
         """Tensors are on one device: it need not be the current one."""
         device = args[0].device
-        with torch.get_device_module(device).device(device):
+        with torch.accelerator.device_index(device.index):
             kinds = [(a.dtype, a.data_ptr() % 16) if isinstance(a, Tensor) else a for a in args]
             key = (id(self.kernel), device, *kinds, *constants.values())
             if key not in KNOWN:
