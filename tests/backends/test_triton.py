@@ -184,6 +184,9 @@ def test_deform_conv_with_many_channels_groups_and_parts(case, parts, monkeypatc
     monkeypatch.setattr(kernels, "EACH", 1 if parts > 1 else 10**6)
     monkeypatch.setattr(kernels, "BUSY", 10**6 if parts > 1 else 1)
     monkeypatch.setattr(kernels, "MOST", parts)
+    if parts > 1:  # and a sample at a time, its positions in as many parts as they can be
+        monkeypatch.setattr(kernels, "COLUMNS", 1)
+        monkeypatch.setattr(kernels, "LEAST", 1)
     compare(
         "deform_conv",
         *deformed_call(**DEFORMED[case], kernel=(2,) * len(DEFORMED[case]["size"]), dtype=EXACT),

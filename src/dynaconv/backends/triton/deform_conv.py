@@ -64,8 +64,9 @@ KEY = ["rows", "inner", "segment", "RANK", "K2"]
 # A depthwise weight's gradient is split along positions, into at most MOST parts: up to BUSY
 # programs of EACH positions or more.
 BUSY, EACH, MOST = 2048, 512, 64
-# Numbers in the columns of a few samples, and programs that their product with the slopes needs.
-COLUMNS, ENOUGH = 2**25, 256
+# Numbers in the columns of a few samples; programs that their product with the slopes needs, which
+# get LEAST positions or more.
+COLUMNS, ENOUGH, LEAST = 2**25, 256, 128
 
 
 @triton.jit
@@ -569,7 +570,8 @@ class Gradients:
             *call.kernel.stride(), *self.offset.stride(), *self.modulation.stride(),
             *place.stride()[:2], DEPTHWISE=call.depthwise, INPUT=self.wanted[0],
             OFFSET=self.wanted[1], MODULATION=self.wanted[2],
-            KEEP=self.wanted[3] and not call.depthwise, **call.options,
+            KEEP=self.wanted[3] and not call.depthwise,
+            **call.options | {"FAR": call.options["FAR"] or far(place)},
         )  # fmt: skip
 
     def results(self) -> list[Tensor | None]:
@@ -582,15 +584,16 @@ def _by_columns(call: Call, gradients: Gradients) -> Tensor | None:
     if not any(gradients.wanted):
         return None
     width = call.channels * call.taps
-    size = call.batch
-    if not isinstance(size, torch.SymInt):
-        size = max(1, min(size, COLUMNS // (call.positions * width)))
+    parts = [slice(0, call.batch)]
+    if not isinstance(call.batch, torch.SymInt):
+        size = max(1, min(call.batch, COLUMNS // (call.positions * width)))
+        parts = list(few_at_a_time(call.batch, size))
     # (1, groups * taps * C_in / groups, 1, rows): what a slope takes from each output.
     kernel = call.kernel.unflatten(0, (call.groups, call.rows)).permute(0, 3, 2, 1)
     kernel = kernel.reshape(1, width, 1, call.rows).contiguous()
     flat = call.output.transpose(1, 2)
     total: Tensor | None = None
-    for part in few_at_a_time(call.batch, size):
+    for part in parts:
         batch = part.stop - part.start
         columns = call.lines.new_empty(batch, call.positions, width)
         one, sizes = Geometry((1,), (1,), (0,), (1,)), [1, 1, call.positions] * 2
@@ -614,7 +617,7 @@ def _product(slopes: Tensor, columns: Tensor, groups: int) -> Tensor:
     tiles = batch * triton.cdiv(slopes.shape[2], 128) * triton.cdiv(width, 128)
     parts = 1
     if not isinstance(positions, torch.SymInt):
-        while positions % (2 * parts) == 0 and positions > 128 * parts and tiles * parts < ENOUGH:
+        while positions % (2 * parts) == 0 and positions > LEAST * parts and tiles * parts < ENOUGH:
             parts *= 2
     slopes, columns = (
         t.reshape(batch * parts, positions // parts, -1).transpose(1, 2) for t in (slopes, columns)
