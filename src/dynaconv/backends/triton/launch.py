@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from inspect import Parameter, Signature
 from math import prod
+from threading import Lock
 from typing import Any
 
 import torch
@@ -34,6 +35,7 @@ MANY = 2**31
 # Calls: compiled kernel, tile and constants. At most MOST, then they are learned anew.
 KNOWN: dict[tuple, tuple] = {}
 MOST = 4096
+LEARNING = Lock()
 
 
 class First:
@@ -107,9 +109,10 @@ class Launch:
                 compiled[(*size, 1, 1)[:3]](*args, *rest)
 
     def learn(self, key: tuple, grid: Any, args: tuple, constants: dict[str, Any]) -> None:
-        """The first call: Triton compiles, and tunes."""
-        compiled = self.kernel[grid](*args, **constants)
-        tile = self.kernel.best_config.kwargs if hasattr(self.kernel, "best_config") else {}
+        """The first call: Triton compiles, and tunes, which it does not in two threads at once."""
+        with LEARNING:
+            compiled = self.kernel[grid](*args, **constants)
+            tile = self.kernel.best_config.kwargs if hasattr(self.kernel, "best_config") else {}
         given = constants | tile
         if len(KNOWN) >= MOST:
             KNOWN.clear()
