@@ -354,8 +354,8 @@ def _forward(input: Tensor, weight: Tensor, bias: Tensor | None, *settings: Any)
     if weight.numel() >= LARGE * (input.numel() + output.numel()):
         convolve_flat(output, input, weight, bias, sizes, geometry, settings[3])
     else:
-        kernels = channels_last(weight)
-        convolve(output, input, kernels, None, bias, sizes, geometry, settings[3])
+        rest = (None, bias, sizes, geometry, settings[3])
+        convolve(output, input, channels_last(weight), *rest)
     return output
 
 
@@ -372,8 +372,8 @@ def _backward(
     if mask[0]:
         gx = gradient_like(input)
         if gx.numel():
-            kernels = channels_last(weight)
-            convolve(gx, slopes, kernels, None, None, sizes, geometry, settings[3], back=True)
+            rest = (None, None, sizes, geometry, settings[3])
+            convolve(gx, slopes, channels_last(weight), *rest, back=True)
     if mask[1]:
         gw = kernel_gradient(slopes, input, sizes, geometry, settings[3])
         gw = channels_before_taps(gw, weight.shape)
