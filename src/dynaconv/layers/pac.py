@@ -30,7 +30,8 @@ class PACConv(DynamicConv):
     `kernel="inv"` takes K = alpha + (|f_i - f_j|^2 + 1e-4)^(power / 2), both learned; published
     without defaults for them, and only a negative power favours what is alike. `asymmetric` counts
     only channels in which f_j exceeds f_i. With `normalize` the K of a window are divided by their
-    sum over real positions, and with `shared_filters` one filter W serves every channel by itself.
+    sum over real positions, which of "inv" vanishes where alpha is learned to below 0: start well
+    above. With `shared_filters` one filter W serves every channel by itself.
     `blend` = g is not published: it takes 1 + g (K - 1) for K with a learned g, so that
     `from_conv`, which takes g = 0, starts from the plain convolution.
 
@@ -220,7 +221,8 @@ class PACConv(DynamicConv):
         return [
             plain | {"blend": 0.5},
             square
-            | {"kernel": "inv", "power": 0.5, "smooth": "full_3", "normalize": True, "groups": 2},
+            | {"kernel": "inv", "alpha": 3.0, "power": 0.5, "smooth": "full_3", "normalize": True}
+            | {"groups": 2},
             square | {"asymmetric": True, "smooth": "gaussian", "shared_filters": True},
             square | {"kernel_size": 2, "bias": False, "stride": 2},
         ]
