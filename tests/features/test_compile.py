@@ -213,10 +213,11 @@ def hold(name, rank, maker, monkeypatch):
         for call, (batch, more) in enumerate(CALLS):
             given = [t.requires_grad_() for t in maker(rank, batch, more, monkeypatch)[0].values()]
             if not call:
-                other = maker(rank, 2, 1, monkeypatch)[0].values()
-                for tensor, small in zip(given, other, strict=True):
-                    pairs = enumerate(zip(tensor.shape, small.shape, strict=True))
-                    torch._dynamo.mark_dynamic(tensor, [d for d, (a, b) in pairs if a != b])
+                made = [maker(rank, *c, monkeypatch)[0].values() for c in CALLS]
+                shapes = [[tensor.shape for tensor in those] for those in made]
+                for tensor, of_calls in zip(given, zip(*shapes, strict=True), strict=True):
+                    sizes = enumerate(zip(*of_calls, strict=True))
+                    torch._dynamo.mark_dynamic(tensor, [d for d, n in sizes if len(set(n)) > 1])
             results = []
             for way in (function, run):
                 with torch._dynamo.config.patch(error_on_recompile=call > 0):
