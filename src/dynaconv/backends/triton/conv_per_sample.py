@@ -7,7 +7,7 @@ input is copied so, and kernels (N, C_out, C_in / groups, *K) are of more than o
 kernels are what moves, forward reads them as they lie, and copies nothing.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from math import prod
 from typing import Any
 
@@ -242,6 +242,13 @@ def channels_before_taps(kernels: Tensor, shape: Sequence[int]) -> Tensor:
     return transposed(kernels.flatten(0, 1)).reshape(-1, *shape[1:])
 
 
+def grid_of(matrices: int, rows: int, columns: int) -> Callable[[dict[str, int]], tuple[int]]:
+    """A program for each tile of ROWS by POSITIONS of so many matrices."""
+    return lambda tile: (
+        matrices * triton.cdiv(rows, tile["ROWS"]) * triton.cdiv(columns, tile["POSITIONS"]),
+    )
+
+
 def convolve(
     out: Tensor,
     source: Tensor,
@@ -273,10 +280,7 @@ def convolve(
         experts = mixture.shape[1]
         shares = [*mixture.stride()[:2], mixture.stride(2) if mixture.shape[2] > 1 else 0]
 
-    def grid(tile: dict[str, int]) -> tuple[int]:
-        blocks = triton.cdiv(planes.shape[2], tile["POSITIONS"])
-        return (planes.shape[0] * groups * blocks * triton.cdiv(count, tile["ROWS"]),)
-
+    grid = grid_of(planes.shape[0] * groups, count, planes.shape[2])
     launch(multiply)[grid](
         planes, lines, kernels, kernels if mixture is None else mixture,
         kernels if bias is None else bias.contiguous(), count, inner, groups,
@@ -302,10 +306,7 @@ def convolve_flat(
     kernels = weight.contiguous().flatten(2)
     count, inner = planes.shape[1] // groups, lines.shape[1] // groups
 
-    def grid(tile: dict[str, int]) -> tuple[int]:
-        blocks = triton.cdiv(planes.shape[2], tile["POSITIONS"])
-        return (planes.shape[0] * groups * blocks * triton.cdiv(count, tile["ROWS"]),)
-
+    grid = grid_of(planes.shape[0] * groups, count, planes.shape[2])
     launch(multiply_flat)[grid](
         planes, lines, kernels, kernels if bias is None else bias.contiguous(),
         count, inner, groups, planes.shape[2], bound(planes.shape[2]), *sizes,
@@ -331,10 +332,7 @@ def kernel_gradient(
     if not out.numel():
         return out
 
-    def grid(tile: dict[str, int]) -> tuple[int]:
-        blocks = triton.cdiv(inner, tile["POSITIONS"]) * triton.cdiv(count, tile["ROWS"])
-        return (batch * groups * taps * blocks,)
-
+    grid = grid_of(batch * groups * taps, count, inner)
     launch(correlate)[grid](
         out, slopes, lines, count, inner, groups, slopes.shape[1], bound(slopes.shape[1]), *sizes,
         *out.stride()[:3], *slopes.stride()[:2], *lines.stride()[:2],

@@ -67,6 +67,8 @@ BUSY, EACH, MOST = 2048, 512, 64
 # Numbers in the columns of a few samples; programs that their product with the slopes needs, which
 # get LEAST positions or more.
 COLUMNS, ENOUGH, LEAST = 2**25, 256, 128
+# Of a matrix product as a convolution of one tap.
+ONE = Geometry((1,), (1,), (0,), (1,))
 
 
 @triton.jit
@@ -423,6 +425,11 @@ def by_weight_depthwise(
 # Launches --------------------------------------------------------------------------------------
 
 
+def summed(tensor: Tensor) -> torch.dtype:
+    """In which sums of its numbers are kept."""
+    return torch.float64 if tensor.dtype == torch.float64 else torch.float32
+
+
 class Call:
     """What all launches of one call share; `output` is the output or its gradient, (N, C, P).
 
@@ -548,8 +555,7 @@ class Gradients:
 
     def __init__(self, call: Call, wanted: list[bool]) -> None:
         self.call, self.wanted = call, wanted
-        kind = torch.float64 if call.lines.dtype == torch.float64 else torch.float32
-        none = call.offset.new_zeros(1, 1, 1)
+        kind, none = summed(call.lines), call.offset.new_zeros(1, 1, 1)
         self.input = torch.zeros_like(call.lines, dtype=kind) if wanted[0] else none.to(kind)
         self.offset = torch.empty_like(call.offset) if wanted[1] else none
         self.modulation = torch.empty_like(call.given) if wanted[2] else none
@@ -592,15 +598,15 @@ def _by_columns(call: Call, gradients: Gradients) -> Tensor | None:
     kernel = call.kernel.unflatten(0, (call.groups, call.rows)).permute(0, 3, 2, 1)
     kernel = kernel.reshape(1, width, 1, call.rows).contiguous()
     flat = call.output.transpose(1, 2)
+    sizes = [1, 1, call.positions] * 2
     total: Tensor | None = None
     for part in parts:
         batch = part.stop - part.start
         columns = call.lines.new_empty(batch, call.positions, width)
-        one, sizes = Geometry((1,), (1,), (0,), (1,)), [1, 1, call.positions] * 2
         if any(gradients.wanted[:3]):
             each = kernel.expand(batch, -1, -1, -1)
             source = flat[part].transpose(1, 2)
-            convolve(columns.transpose(1, 2), source, each, None, None, sizes, one, call.groups)
+            convolve(columns.transpose(1, 2), source, each, None, None, sizes, ONE, call.groups)
         gradients.add(part, columns)
         if gradients.wanted[3]:
             by_part = _product(flat[part], columns, call.groups)
@@ -622,9 +628,8 @@ def _product(slopes: Tensor, columns: Tensor, groups: int) -> Tensor:
     slopes, columns = (
         t.reshape(batch * parts, positions // parts, -1).transpose(1, 2) for t in (slopes, columns)
     )
-    one, sizes = Geometry((1,), (1,), (0,), (1,)), [1, 1, positions // parts] * 2
-    kind = torch.float64 if slopes.dtype == torch.float64 else torch.float32
-    return kernel_gradient(slopes, columns, sizes, one, groups, kind).sum(0).squeeze(1)
+    sizes, kind = [1, 1, positions // parts] * 2, summed(slopes)
+    return kernel_gradient(slopes, columns, sizes, ONE, groups, kind).sum(0).squeeze(1)
 
 
 def _of_depthwise_weight(call: Call) -> Tensor:
@@ -632,8 +637,7 @@ def _of_depthwise_weight(call: Call) -> Tensor:
     tiles = call.taps * call.offset_groups * triton.cdiv(call.by_offset * call.rows, 64)
     enough = call.batch * call.positions // EACH
     parts = torch.sym_max(1, torch.sym_min(min(MOST, BUSY // tiles), enough))
-    kind = torch.float64 if call.kernel.dtype == torch.float64 else torch.float32
-    out = call.kernel.new_empty(parts, call.kernel.shape[0], call.taps, dtype=kind)
+    out = call.kernel.new_empty(parts, call.kernel.shape[0], call.taps, dtype=summed(call.kernel))
 
     def grid(tile: dict[str, int]) -> tuple[int]:
         tall = triton.cdiv(call.by_offset * call.rows, tile["ROWS"])

@@ -145,16 +145,16 @@ def transposed(tensor: Tensor) -> Tensor:
 def laid(tensor: Tensor, padding: Sequence[int]) -> Tensor:
     """(N, A, *L) as (N, P, A), with zeros around L."""
     sizes, around = three(tensor.shape[2:], 1), three(padding, 0)
-    wide = [n + 2 * p for n, p in zip(sizes, around, strict=True)]
+    framed = [n + 2 * p for n, p in zip(sizes, around, strict=True)]
     flat = tensor.flatten(2)
-    batch, rows, length = *flat.shape[:2], prod(wide)
+    batch, rows, length = *flat.shape[:2], prod(framed)
     out = tensor.new_empty(batch, length, rows)
     if not out.numel():
         return out
     tile = tile_of(rows, length)
     grid = (batch * triton.cdiv(rows, tile[0]) * triton.cdiv(length, tile[1]),)
     launch(lay)[grid](
-        out, flat, rows, length, *sizes, *wide, *flat.stride(),
+        out, flat, rows, length, *sizes, *framed, *flat.stride(),
         PADDED=any(around), FAR=far(out, flat), P0=around[0], P1=around[1], P2=around[2],
         ROWS=tile[0], LENGTH=tile[1],
     )  # fmt: skip
