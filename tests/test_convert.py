@@ -207,6 +207,23 @@ def test_anneal_takes_each_familys_own_temperatures():
         assert [layer.temperature for layer in model] == expected
 
 
+def test_keep_inside():
+    learned = dynaconv.LearnedStrideConv2d(4, 4, 3, 2, 1, max_stride=3.0)
+    dcls = dynaconv.DCLSConv2d(4, 4, (3, 5), dilation=(1, 2))
+    model = nn.Sequential(learned, nn.ReLU(), nn.Sequential(dcls))
+    with torch.no_grad():
+        learned.strides.copy_(torch.tensor([0.2, 9.0]))
+        dcls.positions.fill_(7.0)[..., 0] = -7.0
+    dynaconv.keep_inside(model.eval())
+    assert learned.strides.tolist() == [1.0, 3.0]
+    assert dcls.positions[0, ..., 0].unique().tolist() == [-1]
+    assert dcls.positions[1, ..., 0].unique().tolist() == [-4]
+    assert dcls.positions[0, ..., 1:].unique().tolist() == [1]
+    assert dcls.positions[1, ..., 1:].unique().tolist() == [4]
+    with pytest.raises(TypeError, match="keep_inside: model is of"):
+        dynaconv.keep_inside(None)
+
+
 def test_parameter_groups():
     model, _ = dynaconv.convert(Net(), to="deform_v2", where="layer2")
     normal, slow = dynaconv.parameter_groups(model, lr=1.0)

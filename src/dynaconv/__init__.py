@@ -2,7 +2,7 @@
 
 from dynaconv import backends, functional, layers, masked  # noqa: F401 - importing backends registers them
 from dynaconv.analyze import analyze
-from dynaconv.anneal import anneal, parameter_groups
+from dynaconv.anneal import anneal, keep_inside, parameter_groups
 from dynaconv.catalogue import catalogue
 from dynaconv.convert import convert, select
 from dynaconv.dispatch import backend, explain
@@ -33,6 +33,7 @@ __all__ = [
     "families",
     "freeze",
     "functional",
+    "keep_inside",
     "layers",
     "load_published",
     "mask_from_sizes",

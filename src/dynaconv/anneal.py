@@ -1,4 +1,4 @@
-"""Schedules over whole models: softmax temperature, and learning rates of single parts."""
+"""What training does to whole models: temperatures, bounds, learning rates of single parts."""
 
 from typing import Any
 
@@ -43,6 +43,18 @@ def anneal(
     for layer, temperature in temperatures.items():
         if hasattr(layer, "temperature"):
             layer.temperature.fill_(temperature)  # type: ignore[operator]
+
+
+def keep_inside(model: nn.Module) -> None:
+    """Moves parameters that have bounds back between them: learned strides, positions of DCLS.
+
+    In training the layers do so themselves before they compute. fully_shard undoes that, as it
+    gathers the parameter anew: there, call this after each step of the optimiser.
+    """
+    check_module("keep_inside", model=model)
+    for module in model.modules():
+        if isinstance(module, DynamicConv):
+            module.keep_inside()
 
 
 def parameter_groups(model: nn.Module, lr: float) -> list[dict[str, Any]]:

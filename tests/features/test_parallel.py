@@ -40,6 +40,21 @@ def test_padded_batches(cls, arguments):
     processes().run(workers.train_padded, cls, sizes | arguments)
 
 
+@pytest.mark.parametrize(
+    ("cls", "arguments", "name", "start"),
+    [
+        (dynaconv.LearnedStrideConv1d, {"published": False}, "strides", 0),
+        (dynaconv.LearnedStrideConv2d, {"published": False}, "strides", 0),
+        (dynaconv.LearnedStrideConv2d, {"max_stride": 1.5, "published": False}, "strides", 9),
+        (dynaconv.DCLSConv1d, {"interpolation": "linear", "dilation": 2}, "positions", 99),
+        (dynaconv.DCLSConv2d, {"kernel_size": (3, 5), "dilation": (3, 1)}, "positions", 99),
+    ],
+)
+def test_parameters_at_their_bounds(cls, arguments, name, start):
+    sizes = {"in_channels": 4, "out_channels": 4, "kernel_size": 3, "padding": 1}
+    processes().run(workers.train_at_bounds, cls, sizes | arguments, name, start)
+
+
 def test_temperature_of_the_first():
     processes().run(workers.temperature_of_the_first)
 

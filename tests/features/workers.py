@@ -68,6 +68,20 @@ def train_padded(cls, arguments):
     check_ways(model, (x.double(), mask, labels), cls.__name__)
 
 
+def train_at_bounds(cls, arguments, name, start):
+    """Parameters `name` start at their bounds, and some of them are drawn outwards."""
+
+    def model():
+        found = randomized_classifier(cls, arguments)
+        torch.nn.init.constant_(getattr(found.layer, name), start)
+        dynaconv.keep_inside(found)
+        return found
+
+    torch.manual_seed(1)
+    x, labels = examples(cls, arguments)
+    check_ways(model, (x.double(), labels), cls.__name__)
+
+
 def temperature_of_the_first():
     """DistributedDataParallel sends buffers: one process may anneal for all."""
     layer = dynaconv.DyConv2d(3, 4, 3)

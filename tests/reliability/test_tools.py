@@ -83,6 +83,7 @@ TOOLS = {
     "anneal": (
         dynaconv.anneal, lambda: {"model": dynamic(), "progress": 0.5, "start": 9.0, "end": 1.0}
     ),
+    "keep_inside": (dynaconv.keep_inside, lambda: {"model": dynamic()}),
     "parameter_groups": (dynaconv.parameter_groups, lambda: {"model": dynamic(), "lr": 0.1}),
     "analyze": (dynaconv.analyze, lambda: {"model": dynamic()}),
     "explain": (dynaconv.explain, lambda: {"call": dynamic()}),

@@ -69,6 +69,13 @@ def test_temperature_is_annealed(scenes):
     assert [float(layer.temperature) for layer in dynamic_layers(model).values()] == [1.0, 1.0]
 
 
+def test_positions_end_inside_the_kernel(scenes):
+    """After the last step too, which no `forward` follows."""
+    model, _ = fit(replace(CONFIG, layer="dcls", epochs=1, lr=0.5), scenes)
+    for layer in dynamic_layers(model).values():
+        assert layer.positions.abs().amax() == layer.extent[0] // 2
+
+
 @pytest.mark.parametrize("stop", [4, 8])
 def test_a_stopped_run_goes_on_and_ends_the_same(scenes, tmp_path, stop):
     undisturbed, history = fit(CONFIG, scenes, scenes, tmp_path / "a")

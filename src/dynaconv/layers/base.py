@@ -401,6 +401,9 @@ class DynamicConv(nn.Module):
             return output
         return output + self.bias.to(output.dtype).unflatten(0, (-1, *[1] * self.rank))
 
+    def keep_inside(self) -> None:
+        """Moves parameters that left their bounds back between them, where a family has any."""
+
     def geometry(self) -> Geometry:
         """Kernel, stride, padding and dilation as tuples ("same" of an odd kernel included)."""
         padding: tuple[int, ...] = (0,) * self.rank

@@ -76,8 +76,9 @@ class DCLSConv(DynamicConv):
     @torch.no_grad()
     def keep_inside(self) -> None:
         """Moves positions that left the kernel back to its border."""
-        for position, extent in zip(self.positions, self.extent, strict=True):
-            position.clamp_(-(extent // 2), extent - 1 - extent // 2)
+        low = [-(extent // 2) for extent in self.extent]
+        high = [extent - 1 - extent // 2 for extent in self.extent]
+        self.positions.clamp_(_rows(low, self.positions), _rows(high, self.positions))
 
     def shares(self, d: int) -> Tensor:
         """S along dimension d: (C_out, C_in / groups, taps, E_d)."""
@@ -191,3 +192,15 @@ class DCLSConv(DynamicConv):
                 "interpolation": "triangle",
             },
         ]
+
+
+def _rows(values: list[int], like: Tensor) -> Tensor:
+    """`values`, one for each of the rows of `like`; sharded as that is."""
+    one, dtype, device = (1,) * (like.ndim - 1), like.dtype, like.device
+    rows = torch.stack([torch.full(one, v, dtype=dtype, device=device) for v in values])
+    if hasattr(like, "device_mesh") and hasattr(like, "placements"):
+        from torch.distributed.tensor import distribute_tensor  # half a second
+
+        rows = rows.expand_as(like)
+        return distribute_tensor(rows, like.device_mesh, like.placements, src_data_rank=None)
+    return rows

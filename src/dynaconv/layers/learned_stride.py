@@ -106,11 +106,15 @@ class LearnedStrideConv(DynamicConv):
     def output_size(self, size: tuple[int, ...]) -> tuple[int, ...]:
         return self.resized_shape(super().output_size(size))
 
+    @torch.no_grad()
+    def keep_inside(self) -> None:
+        """Moves the strides back between `min_stride` and `max_stride`."""
+        self.strides.clamp_(self.min_stride, self.max_stride)
+
     def bounded_strides(self) -> Tensor:
         """The strides (D,) between their bounds; the gradient passes as if there were none."""
         if self.training:
-            with torch.no_grad():
-                self.strides.clamp_(self.min_stride, self.max_stride)
+            self.keep_inside()
         # Half precision cannot hold a size.
         strides = self.strides.float() if self.strides.dtype.itemsize < 4 else self.strides
         return _straight_through(strides, strides.clamp(self.min_stride, self.max_stride)).expand(

@@ -51,7 +51,7 @@ def example(cls: type[DynamicConv], arguments: Arguments, batch: int = 3) -> Ten
 
 
 def randomized(cls: type[DynamicConv], arguments: Arguments) -> DynamicConv:
-    """A layer in float64 and evaluation mode with every parameter drawn anew.
+    """A layer in float64 and evaluation mode with every parameter drawn anew, within its bounds.
 
     No zero start stays that could hide a fault.
     """
@@ -64,6 +64,7 @@ def randomized(cls: type[DynamicConv], arguments: Arguments) -> DynamicConv:
                 module.weight.uniform_(0.5, 1.5)
                 module.running_mean.normal_(0, 0.3)  # type: ignore[union-attr]
                 module.running_var.uniform_(0.5, 2)  # type: ignore[union-attr]
+    layer.keep_inside()
     return layer
 
 

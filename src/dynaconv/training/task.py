@@ -20,7 +20,7 @@ from torch.utils.data import BatchSampler, DataLoader, Dataset, DistributedSampl
 from torchmetrics import Metric
 from torchmetrics.classification import MulticlassJaccardIndex
 
-from dynaconv.anneal import anneal, parameter_groups
+from dynaconv.anneal import anneal, keep_inside, parameter_groups
 from dynaconv.data.errors import InputError
 from dynaconv.data.folder import PaddedImages, collate_padded
 from dynaconv.files import clear_temporaries
@@ -175,6 +175,9 @@ class Task(L.LightningModule):
             raise InputError(f"the loss is {loss.item()} at step {self.global_step}; lower --lr")
         self.log("loss", loss, on_step=False, on_epoch=True, batch_size=batch[0].shape[0])
         return loss
+
+    def on_train_batch_end(self, *_: object) -> None:
+        keep_inside(self.model)
 
     def validation_step(self, batch: tuple[Tensor, ...], index: int) -> None:
         self.judge(batch)

@@ -14,10 +14,11 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parallel import DistributedDataParallel
 
+from dynaconv.anneal import keep_inside
 from dynaconv.layers.base import DynamicConv
 from dynaconv.testing.families import randomized
 from dynaconv.testing.features.learning import Classifier, examples
@@ -72,7 +73,11 @@ def check_ways(
         close(p, q, f"{name}, {what} after DDP")
     summed = losses(DistributedDataParallel(frozen()), _parts(mine, 2))
     close(summed, expected, f"{name}, losses from summed gradients")
-    close(losses(shard(frozen()), [mine]), expected, f"{name}, FSDP2 losses")
+    parts = shard(frozen())
+    close(losses(parts, [mine]), expected, f"{name}, FSDP2 losses")
+    keep_inside(alone)
+    for (what, p), q in zip(parts.named_parameters(), alone.parameters(), strict=True):
+        close(p.full_tensor(), q, f"{name}, {what} after FSDP2")  # type: ignore[attr-defined]
     if any(isinstance(module, _BatchNorm) for module in alone.modules()):
         # DistributedDataParallel refuses a SyncBatchNorm on the CPU, fully_shard does not.
         synced = shard(nn.SyncBatchNorm.convert_sync_batchnorm(model()))
@@ -97,6 +102,8 @@ def losses(model: nn.Module, batches: Sequence[Batch]) -> Tensor:
                 loss.backward()
             total += loss.detach()
         optimizer.step()
+        if isinstance(model, FSDPModule):
+            keep_inside(model)
         dist.all_reduce(total)
         found.append(total / WORLD)
     return torch.stack(found)
