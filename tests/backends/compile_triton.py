@@ -1,9 +1,10 @@
 """Compiles the Triton kernels for a GPU that need not be there, and says what became of them.
 
-    python -m tests.backends.compile_triton bf16 90 [--all]
+    python -m tests.backends.compile_triton bf16 90 [--all | --lay]
 
-One line a kernel and configuration: its name, matrix products, asynchronous copies, spilled bytes.
-The first configuration only, or all.
+One line a kernel and configuration: its name, matrix products, asynchronous copies. The first
+configuration only, or all. With --lay the dimension of a tile of `lay`, positions and rows, along
+which threads side by side read, without and with padding.
 """
 
 import re
@@ -13,20 +14,23 @@ import warnings
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
+from triton.runtime.autotuner import Autotuner
 
 from dynaconv.backends.triton import conv_per_position, conv_per_sample, deform_conv
+from dynaconv.backends.triton.launch import lay
 
 GEOMETRY = {f"{letter}{d}": 1 for letter in "KSD" for d in range(3)}
 GEOMETRY |= {"P0": 0, "P1": 1, "P2": 1, "K1": 3, "K2": 3}
 PLAIN = {"DOUBLE": False, "FAR": False, **GEOMETRY}
 PRODUCT = {"PRECISION": "tf32", **PLAIN}
+LINES = {"C": 16, "SP": 64, "WIDEST": 4, "COUNT": 3, "ALIGNED": True, **PLAIN}
 DEFORMED = {"RANK": 2, "MODULATED": True, **PLAIN}
 DATA = {"INPUT": True, "OFFSET": True, "MODULATION": True}
 # Kernel, its constants, and the steps that are 1.
 CASES = [
-    (conv_per_position.forward, {"UNROLL": 3, **PLAIN}, ("SC", "WP", "OP")),
-    (conv_per_position.by_input, PLAIN, ("SC", "WP", "OP")),
-    (conv_per_position.by_weight, PLAIN, ("SC", "WP", "OC")),
+    (conv_per_position.forward, LINES, ("SC", "WP", "OP")),
+    (conv_per_position.by_input, LINES, ("SC", "WP", "OP")),
+    (conv_per_position.by_weight, LINES, ("SC", "WP", "OC")),
     *(
         (
             conv_per_sample.multiply,
@@ -60,7 +64,7 @@ SUMS = ("by_input", "by_offsets", "by_modulation")
 
 def compile_one(kernel, constants, ones, config, dtype, architecture):
     """The compiled kernel for arguments of which all but sizes are multiples of 16."""
-    function = kernel.fn
+    function = kernel.fn if isinstance(kernel, Autotuner) else kernel
     constants = constants | config.kwargs | dict.fromkeys(ones, 1)
     signature, hints = {}, {}
     for index, parameter in enumerate(function.params):
@@ -70,7 +74,7 @@ def compile_one(kernel, constants, ones, config, dtype, architecture):
             continue
         single = name in SUMS or (name == "out" and "XS" in function.arg_names)
         signature[name] = f"*{'fp32' if single else dtype}" if name in POINTERS + SUMS else "i32"
-        if not re.fullmatch("[LO][012]|batch|groups|parts", name):
+        if not re.fullmatch("[LOH][012]|batch|groups|parts", name):
             hints[(index,)] = [["tt.divisibility", 16]]
     source = ASTSource(
         function, signature, {n: c for n, c in constants.items() if n in signature}, hints
@@ -79,8 +83,20 @@ def compile_one(kernel, constants, ones, config, dtype, architecture):
     return triton.compile(source, target=GPUTarget("cuda", architecture, 32), options=options)
 
 
+def reading_order(padded, dtype, architecture):
+    """The dimension of `lay`'s tile that threads side by side read along."""
+    constants = {"P0": 0, "P1": 1, "P2": 1, "PADDED": padded, "FAR": False}
+    tile = triton.Config({"ROWS": 64, "LENGTH": 64})
+    code = compile_one(lay, constants, ("SP",), tile, dtype, architecture).asm["ttgir"]
+    name = re.search(r"tt\.load .*, (#\w+)>", code)[1]
+    return re.search(rf"^{name} = .*order = \[(\d)", code, re.MULTILINE)[1]
+
+
 def main(dtype, architecture, *rest):
     warnings.simplefilter("ignore")
+    if "--lay" in rest:
+        print(*(reading_order(padded, dtype, int(architecture)) for padded in (False, True)))
+        return
     for kernel, constants, ones in CASES:
         for config in kernel.configs if rest else kernel.configs[:1]:
             made = compile_one(kernel, constants, ones, config, dtype, int(architecture))

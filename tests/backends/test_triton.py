@@ -164,6 +164,28 @@ def test_per_position_over_the_edges_of_tiles(channels, size):
     compare("conv_per_position", tensors, {"padding": 1})
 
 
+LINES = [  # channels of a group, size, kernel
+    (5, (3, 6), (1, 3)),
+    (16, (14,), (13,)),  # taps that are written out in parts
+    (20, (2, 9), (3, 2)),  # channels over the edge of a tile
+    (1, (3, 3, 4), (2, 1, 2)),
+]
+
+
+@pytest.mark.parametrize(
+    "index", [0, 7, *(pytest.param(i, marks=pytest.mark.slow) for i in range(1, 18) if i != 7)]
+)
+@pytest.mark.parametrize(("channels", "size", "kernel"), LINES)
+def test_per_position_along_lines(index, channels, size, kernel):
+    """Four positions side by side, or one, in every configuration."""
+    geometry = Geometry(kernel, *[(n,) * len(size) for n in (1, 1, 1)])
+    tensors = {
+        "input": torch.randn(2, 3 * channels, *size, dtype=EXACT),
+        "weight": torch.randn(2, 3, *kernel, *geometry.output_size(size), dtype=EXACT),
+    }
+    compare("conv_per_position", tensors, {"padding": 1})
+
+
 DEFORMED = {
     "wide": {"channels": 70, "out_channels": 3, "size": (5,)},
     "tall": {"channels": 3, "out_channels": 140, "size": (5,)},

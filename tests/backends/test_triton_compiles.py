@@ -43,6 +43,11 @@ def test_kernels_compile_to_matrix_products_and_pipelined_copies():
         assert (copies > 0) == PRODUCTS.get(name, False), name
 
 
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+def test_tensors_that_are_laid_out_are_read_along_their_lines(dtype):
+    assert printed("compile_triton", dtype, "90", "--lay") == [["0", "0"]]
+
+
 def test_operators_are_open_to_torch_compile():
     kernels = {name: int(count) for name, count in printed("trace_triton")}
     # Of forward and backward, with those that lay tensors out.

@@ -21,6 +21,7 @@ from dynaconv.backends.eager.conv_per_sample import operator as eager
 from dynaconv.backends.operator import gradient_like, output_like
 from dynaconv.backends.triton.launch import (
     bound,
+    cdiv,
     constants,
     far,
     geometry_of,
@@ -244,9 +245,7 @@ def channels_before_taps(kernels: Tensor, shape: Sequence[int]) -> Tensor:
 
 def grid_of(matrices: int, rows: int, columns: int) -> Callable[[dict[str, int]], tuple[int]]:
     """A program for each tile of ROWS by POSITIONS of so many matrices."""
-    return lambda tile: (
-        matrices * triton.cdiv(rows, tile["ROWS"]) * triton.cdiv(columns, tile["POSITIONS"]),
-    )
+    return lambda tile: (matrices * cdiv(rows, tile["ROWS"]) * cdiv(columns, tile["POSITIONS"]),)
 
 
 def convolve(

@@ -22,6 +22,7 @@ from dynaconv.backends.eager.deform_conv import operator as eager
 from dynaconv.backends.operator import few_at_a_time, output_like
 from dynaconv.backends.triton.conv_per_sample import convolve, kernel_gradient
 from dynaconv.backends.triton.launch import (
+    cdiv,
     constants,
     far,
     geometry_of,
@@ -483,7 +484,7 @@ class Call:
 
     def blocks(self, tile: dict[str, int]) -> int:
         """Of positions."""
-        return triton.cdiv(self.batch * self.positions, tile["POSITIONS"])
+        return cdiv(self.batch * self.positions, tile["POSITIONS"])
 
 
 def _forward(
@@ -502,9 +503,9 @@ def _forward(
 
     def grid(tile: dict[str, int]) -> tuple[int]:
         if call.depthwise:
-            parts = triton.cdiv(call.by_offset * call.rows, tile["ROWS"])
+            parts = cdiv(call.by_offset * call.rows, tile["ROWS"])
             return (call.blocks(tile) * parts * call.offset_groups,)
-        return (call.blocks(tile) * call.groups * triton.cdiv(call.rows, tile["ROWS"]),)
+        return (call.blocks(tile) * call.groups * cdiv(call.rows, tile["ROWS"]),)
 
     arguments = (
         call.output, call.lines, call.offset, call.kernel,
@@ -565,9 +566,7 @@ class Gradients:
         call, take = self.call, lambda t: t[part] if len(t) > 1 else t
         batch = part.stop - part.start
         place = call.lines.new_empty(1, 1, 1) if columns is None else columns
-        grid = lambda tile: (
-            triton.cdiv(batch * call.positions, tile["POSITIONS"]) * call.offset_groups,
-        )
+        grid = lambda tile: (cdiv(batch * call.positions, tile["POSITIONS"]) * call.offset_groups,)
         launch(backward)[grid](
             take(self.input), take(self.offset), take(self.modulation), place,
             take(call.output), take(call.lines), take(call.offset), call.kernel, take(call.given),
@@ -620,7 +619,7 @@ def _by_columns(call: Call, gradients: Gradients) -> Tensor | None:
 def _product(slopes: Tensor, columns: Tensor, groups: int) -> Tensor:
     """sum_m slopes[m, o] columns[m, channel] in float32 or float64, in parts of the positions."""
     batch, positions, width = columns.shape
-    tiles = batch * triton.cdiv(slopes.shape[2], 128) * triton.cdiv(width, 128)
+    tiles = batch * cdiv(slopes.shape[2], 128) * cdiv(width, 128)
     parts = 1
     if not isinstance(positions, torch.SymInt):
         while positions % (2 * parts) == 0 and positions > LEAST * parts and tiles * parts < ENOUGH:
@@ -634,13 +633,13 @@ def _product(slopes: Tensor, columns: Tensor, groups: int) -> Tensor:
 
 def _of_depthwise_weight(call: Call) -> Tensor:
     """The gradient of a depthwise weight (C_out, 1, taps), in float32 or float64."""
-    tiles = call.taps * call.offset_groups * triton.cdiv(call.by_offset * call.rows, 64)
+    tiles = call.taps * call.offset_groups * cdiv(call.by_offset * call.rows, 64)
     enough = call.batch * call.positions // EACH
     parts = torch.sym_max(1, torch.sym_min(min(MOST, BUSY // tiles), enough))
     out = call.kernel.new_empty(parts, call.kernel.shape[0], call.taps, dtype=summed(call.kernel))
 
     def grid(tile: dict[str, int]) -> tuple[int]:
-        tall = triton.cdiv(call.by_offset * call.rows, tile["ROWS"])
+        tall = cdiv(call.by_offset * call.rows, tile["ROWS"])
         return (call.taps * parts * call.offset_groups * tall,)
 
     launch(by_weight_depthwise)[grid](
