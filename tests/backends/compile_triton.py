@@ -42,6 +42,7 @@ CASES = [
     ),
     (conv_per_sample.correlate, PRODUCT, ()),
     (conv_per_sample.multiply_flat, {"BIASED": False, **PRODUCT}, ("OP", "SP")),
+    (conv_per_sample.correlate_flat, PRODUCT, ("SP",)),
     (
         deform_conv.forward,
         {"BIASED": True, "PRECISION": "tf32", **DEFORMED},
@@ -74,6 +75,8 @@ def compile_one(kernel, constants, ones, config, dtype, architecture):
             continue
         single = name in SUMS or (name == "out" and "XS" in function.arg_names)
         signature[name] = f"*{'fp32' if single else dtype}" if name in POINTERS + SUMS else "i32"
+        if name == "steps":
+            signature[name] = "*i32"
         if not re.fullmatch("[LOH][012]|batch|groups|parts", name):
             hints[(index,)] = [["tt.divisibility", 16]]
     source = ASTSource(

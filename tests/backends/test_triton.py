@@ -155,6 +155,21 @@ def test_per_sample_over_the_edges_of_tiles(call):
     compare("conv_mixture", tensors, options)
 
 
+@every_rank
+@pytest.mark.parametrize("times", [0, 10**9])
+@pytest.mark.parametrize("index", [0, 3])
+def test_kernels_as_they_lie_and_laid_out(rank, times, index, monkeypatch):
+    monkeypatch.setattr(module("conv_per_sample"), "LARGE", times)
+    for call in list(samples("conv_per_sample", rank, EXACT, (2,)))[1:9:3]:
+        compare("conv_per_sample", *call)
+
+
+def test_kernels_as_they_lie_over_the_edges_of_tiles(monkeypatch):
+    monkeypatch.setattr(module("conv_per_sample"), "LARGE", 0)
+    compare("conv_per_sample", *per_sample(18, 5, (9, 8), (2, 3), stride=2, padding=1))
+    compare("conv_per_sample", *per_sample(3, 130, (5,), (3,), padding=2, dilation=2))
+
+
 @pytest.mark.parametrize(("channels", "size"), [(40, (5,)), (6, (150,)), (2, (9, 16))])
 def test_per_position_over_the_edges_of_tiles(channels, size):
     tensors = {

@@ -12,7 +12,6 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -24,6 +23,7 @@ from dynaconv.backends.triton.launch import (
     cdiv,
     constants,
     far,
+    framed,
     geometry_of,
     launch,
     register,
@@ -391,9 +391,7 @@ def _lines(tensor: Tensor, channels: int, padding: tuple[int, ...] = ()) -> Tens
     """(N, C, *L) as (N, C, P), padded; channels last in memory where `channels` of a group pay."""
     if channels >= LINE:
         return rows_of(tensor, padding).transpose(1, 2)
-    if any(padding):
-        tensor = F.pad(tensor, [p for p in reversed(padding) for _ in range(2)])
-    return tensor.flatten(2)
+    return framed(tensor, padding).flatten(2)
 
 
 def _sizes(tensor: Tensor, padding: tuple[int, ...] = ()) -> list[int]:

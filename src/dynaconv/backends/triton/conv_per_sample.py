@@ -4,7 +4,7 @@ For sample n, out[i, p] = sum_{k, j} W[n, i, k, j] source[seen_at(p, k), j]; til
 source are gathered where they are multiplied, and no convolution of N groups is made. Source and
 kernels lie with the channels they share last, so that a tile is read in whole lines: a contiguous
 input is copied so, and kernels (N, C_out, C_in / groups, *K) are of more than one tap. Where the
-kernels are what moves, forward reads them as they lie, and copies nothing.
+kernels are what moves, forward reads them as they lie, and backward writes their gradient so.
 """
 
 from collections.abc import Callable, Sequence
@@ -24,6 +24,7 @@ from dynaconv.backends.triton.launch import (
     cdiv,
     constants,
     far,
+    framed,
     geometry_of,
     launch,
     precision,
@@ -32,6 +33,7 @@ from dynaconv.backends.triton.launch import (
     seen_at,
     seen_from,
     sizes_of,
+    three,
     transposed,
     tuned,
     wide,
@@ -54,10 +56,13 @@ FLAT = [
     {"ROWS": 256, "POSITIONS": 64, "INNER": 64, "warps": 8, "stages": 3},
     {"ROWS": 128, "POSITIONS": 64, "INNER": 64, "stages": 3},
     {"ROWS": 128, "POSITIONS": 128, "INNER": 32, "warps": 8, "stages": 3},
+    {"ROWS": 128, "POSITIONS": 256, "INNER": 32, "warps": 8, "stages": 3},
+    {"ROWS": 64, "POSITIONS": 256, "INNER": 64, "warps": 8, "stages": 3},
     {"ROWS": 32, "POSITIONS": 64, "INNER": 64, "stages": 3},
 ]
-# Kernels so many times larger than input and output are read as they lie.
-LARGE = 10
+# Kernels so many times larger than input and output are read as they lie: to lay them out moves
+# them twice more.
+LARGE = 4
 
 
 @tuned(TILES, ["rows", "inner", "bound", "K2", "EXPERTS", "TRANSPOSED"])
@@ -133,10 +138,28 @@ def multiply(
     tl.store(target, total.to(out.dtype.element_ty), mask=used)
 
 
+@triton.jit
+def offsets(
+    out, count, L1, L2, SC, SP, FAR: tl.constexpr,
+    K0: tl.constexpr, K1: tl.constexpr, K2: tl.constexpr,
+    S0: tl.constexpr, S1: tl.constexpr, S2: tl.constexpr,
+    P0: tl.constexpr, P1: tl.constexpr, P2: tl.constexpr,
+    D0: tl.constexpr, D1: tl.constexpr, D2: tl.constexpr,
+    SIZE: tl.constexpr,
+):  # fmt: skip
+    """out[m] = what channel j(m) and tap k(m) add to an address in the source."""
+    m = wide(tl.program_id(0), FAR) * SIZE + tl.arange(0, SIZE)
+    j, k = m // (K0 * K1 * K2), m % (K0 * K1 * K2)
+    step = (k // (K1 * K2) * D0 * L1 + k // K2 % K1 * D1) * L2 + k % K2 * D2
+    tl.store(out + m, j * SC + step * SP, mask=m < count)
+
+
 @tuned(FLAT, ["rows", "inner", "bound", "K2"])
 @triton.jit
 def multiply_flat(
-    out, source, weight, bias, rows, inner, groups, positions, bound, L0, L1, L2, O0, O1, O2,
+    out, source, weight, bias, steps, rows, inner, groups, positions, bound,
+    # the input's sizes with its padding, the output's
+    L1, L2, O1, O2,
     # steps of out and source along sample, channel and position; of weight along sample and row
     ON, OC, OP, SN, SC, SP, WN, WI,
     BIASED: tl.constexpr,
@@ -147,7 +170,7 @@ def multiply_flat(
     D0: tl.constexpr, D1: tl.constexpr, D2: tl.constexpr,
     ROWS: tl.constexpr, POSITIONS: tl.constexpr, INNER: tl.constexpr,
 ):  # fmt: skip
-    """out[i, p] = sum_m W[i, m] source[j(m), seen_at(p, k(m))] over the pairs m of channel and tap.
+    """out[i, p] = sum_m W[i, m] source[j(m), p * stride + k(m) * dilation], m channel and tap.
 
     What is gathered for the next product is on its way during this one.
     """
@@ -160,18 +183,17 @@ def multiply_flat(
     g = program // (parts * blocks) % groups
     n = program // (parts * blocks * groups)
     kernel = weight + n * WN + (g * rows + i)[:, None] * WI
-    lines = source + n * SN + g * inner * SC
+    q = (p // (O1 * O2) * S0 * L1 + p // O2 % O1 * S1) * L2 + p % O2 * S2
+    if S2 == 1:  # but for the ends of lines: threads side by side read numbers side by side
+        q = tl.max_contiguous(q, POSITIONS)
+    lines = source + n * SN + g * inner * SC + (q * SP)[None, :]
     total = tl.zeros((ROWS, POSITIONS), SUM)
     v = tl.zeros((INNER, POSITIONS), source.dtype.element_ty)
     for start in range(0, inner * TAPS + INNER, INNER):
         m = start + tl.arange(0, INNER)
-        q, inside = seen_at(
-            (p // (O1 * O2))[None, :], (p // O2 % O1)[None, :], (p % O2)[None, :],
-            (m % TAPS)[:, None], L0, L1, L2, K0, K1, K2, S0, S1, S2, P0, P1, P2, D0, D1, D2,
-        )  # fmt: skip
-        inside = inside & (p < positions)[None, :] & (m < inner * TAPS)[:, None]
-        j = (m // TAPS + program * 0)[:, None]
-        ahead = tl.load(lines + q * SP + j * SC, mask=inside, other=0)
+        step = tl.load(steps + m, mask=m < inner * TAPS, other=0)
+        inside = (p < positions)[None, :] & (m < inner * TAPS)[:, None]
+        ahead = tl.load(lines + step[:, None], mask=inside, other=0)
         m -= INNER
         used = (i < rows)[:, None] & ((m >= 0) & (m < inner * TAPS))[None, :]
         w = tl.load(kernel + m[None, :], mask=used, other=0)
@@ -229,6 +251,56 @@ def correlate(
         total = tl.dot(slope, v, total, input_precision=PRECISION, out_dtype=total.dtype)
     target = out + n * WN + (g * rows + i)[:, None] * WI + k * WK + j[None, :]
     used = (i < rows)[:, None] & (j < inner)[None, :]
+    tl.store(target, total.to(out.dtype.element_ty), mask=used)
+
+
+@tuned(FLAT, ["rows", "inner", "bound", "K2"])
+@triton.jit
+def correlate_flat(
+    out, grad, source, steps, rows, inner, groups, positions, bound,
+    # the input's sizes with its padding, the output's
+    L1, L2, O1, O2,
+    # steps of out along sample and row; of grad along sample and position; of source along sample,
+    # channel and position
+    WN, WI, ON, OP, SN, SC, SP,
+    PRECISION: tl.constexpr, DOUBLE: tl.constexpr, FAR: tl.constexpr,
+    K0: tl.constexpr, K1: tl.constexpr, K2: tl.constexpr,
+    S0: tl.constexpr, S1: tl.constexpr, S2: tl.constexpr,
+    P0: tl.constexpr, P1: tl.constexpr, P2: tl.constexpr,
+    D0: tl.constexpr, D1: tl.constexpr, D2: tl.constexpr,
+    ROWS: tl.constexpr, POSITIONS: tl.constexpr, INNER: tl.constexpr,
+):  # fmt: skip
+    """out[n, i, m] = sum_p grad[n, p, i] source[n, j(m), p * stride + k(m) * dilation].
+
+    m as in `multiply_flat`. POSITIONS counts m here, and INNER positions.
+    """
+    SUM: tl.constexpr = tl.float64 if DOUBLE else tl.float32
+    length = inner * (K0 * K1 * K2)
+    program = wide(tl.program_id(0), FAR)
+    blocks, parts = tl.cdiv(length, POSITIONS), tl.cdiv(rows, ROWS)
+    m = program % blocks * POSITIONS + tl.arange(0, POSITIONS)
+    i = program // blocks % parts * ROWS + tl.arange(0, ROWS)
+    g = program // (blocks * parts) % groups
+    n = program // (blocks * parts * groups)
+    step = tl.load(steps + m, mask=m < length, other=0)
+    slopes = grad + n * ON + (g * rows + i)[:, None]
+    lines = source + n * SN + g * inner * SC + step[None, :]
+    total = tl.zeros((ROWS, POSITIONS), SUM)
+    v = tl.zeros((INNER, POSITIONS), source.dtype.element_ty)
+    for first in range(0, positions + INNER, INNER):
+        p = first + tl.arange(0, INNER)
+        q = (p // (O1 * O2) * S0 * L1 + p // O2 % O1 * S1) * L2 + p % O2 * S2
+        if S2 == 1:  # but for the ends of lines
+            q = tl.max_contiguous(q, INNER)
+        inside = (p < positions)[:, None] & (m < length)[None, :]
+        ahead = tl.load(lines + ((q + program * 0) * SP)[:, None], mask=inside, other=0)
+        p -= INNER
+        used = (i < rows)[:, None] & ((p >= 0) & (p < positions))[None, :]
+        slope = tl.load(slopes + p[None, :] * OP, mask=used, other=0)
+        total = tl.dot(slope, v, total, input_precision=PRECISION, out_dtype=total.dtype)
+        v = ahead
+    target = out + n * WN + (g * rows + i)[:, None] * WI + m[None, :]
+    used = (i < rows)[:, None] & (m < length)[None, :]
     tl.store(target, total.to(out.dtype.element_ty), mask=used)
 
 
@@ -291,27 +363,61 @@ def convolve(
     )  # fmt: skip
 
 
+def offsets_in(source: Tensor, count: int, geometry: Geometry, far: bool) -> Tensor:
+    """Launches `offsets`: `count` pairs of channel and tap in a source (N, C, *L) with padding."""
+    steps = source.new_empty(count, dtype=torch.int64 if far else torch.int32)
+    launch(offsets)[(cdiv(count, 256),)](
+        steps, count, *three(source.shape[2:], 1)[1:], *source.flatten(2).stride()[1:],
+        FAR=far, **constants(geometry), SIZE=256,
+    )  # fmt: skip
+    return steps
+
+
 def convolve_flat(
     out: Tensor,
     source: Tensor,
     weight: Tensor,
     bias: Tensor | None,
-    sizes: list[int],
     geometry: Geometry,
     groups: int,
 ) -> None:
     """Launches `multiply_flat`; `out` is written in place."""
+    source = framed(source, geometry.padding)
     planes, lines = out.flatten(2), source.flatten(2)
     kernels = weight.contiguous().flatten(2)
     count, inner = planes.shape[1] // groups, lines.shape[1] // groups
+    wide_ones = far(planes, lines, kernels)
+    steps = offsets_in(source, kernels.shape[2], geometry, wide_ones)
 
     grid = grid_of(planes.shape[0] * groups, count, planes.shape[2])
     launch(multiply_flat)[grid](
-        planes, lines, kernels, kernels if bias is None else bias.contiguous(),
-        count, inner, groups, planes.shape[2], bound(planes.shape[2]), *sizes,
+        planes, lines, kernels, kernels if bias is None else bias.contiguous(), steps,
+        count, inner, groups, planes.shape[2], bound(planes.shape[2]),
+        *three(source.shape[2:], 1)[1:], *three(out.shape[2:], 1)[1:],
         *planes.stride(), *lines.stride(), *kernels.stride()[:2],
         BIASED=bias is not None, PRECISION=precision(out), DOUBLE=out.dtype == torch.float64,
-        FAR=far(planes, lines, kernels), **constants(geometry),
+        FAR=wide_ones, **constants(geometry),
+    )  # fmt: skip
+
+
+def kernel_gradient_flat(
+    out: Tensor, grad: Tensor, input: Tensor, geometry: Geometry, groups: int
+) -> None:
+    """Launches `correlate_flat`; `out`, (N, C_out, C_in / groups, *K), is written in place."""
+    source = framed(input, geometry.padding)
+    slopes, lines, kernels = rows_of(grad), source.flatten(2), out.flatten(2)
+    count, inner = kernels.shape[1] // groups, lines.shape[1] // groups
+    wide_ones = far(slopes, lines, kernels)
+    steps = offsets_in(source, kernels.shape[2], geometry, wide_ones)
+
+    grid = grid_of(kernels.shape[0] * groups, count, kernels.shape[2])
+    launch(correlate_flat)[grid](
+        kernels, slopes, lines, steps,
+        count, inner, groups, slopes.shape[1], bound(slopes.shape[1]),
+        *three(source.shape[2:], 1)[1:], *three(grad.shape[2:], 1)[1:],
+        *kernels.stride()[:2], *slopes.stride()[:2], *lines.stride(),
+        PRECISION=precision(out), DOUBLE=out.dtype == torch.float64,
+        FAR=wide_ones, **constants(geometry),
     )  # fmt: skip
 
 
@@ -341,6 +447,11 @@ def kernel_gradient(
     return out
 
 
+def large(weight: Tensor, *others: Tensor) -> bool:
+    """Whether the kernels are what moves."""
+    return weight.numel() >= LARGE * sum(t.numel() for t in others)
+
+
 def _forward(input: Tensor, weight: Tensor, bias: Tensor | None, *settings: Any) -> Tensor:
     if formulation(input, weight, settings) == "matmul":
         return matmul(input, weight, bias, settings)
@@ -348,8 +459,8 @@ def _forward(input: Tensor, weight: Tensor, bias: Tensor | None, *settings: Any)
     if not output.numel():
         return output
     geometry, sizes = geometry_of(weight.shape[3:], settings), sizes_of(input, output)
-    if weight.numel() >= LARGE * (input.numel() + output.numel()):
-        convolve_flat(output, input, weight, bias, sizes, geometry, settings[3])
+    if large(weight, input, output):
+        convolve_flat(output, input, weight, bias, geometry, settings[3])
     else:
         rest = (None, bias, sizes, geometry, settings[3])
         convolve(output, input, channels_last(weight), *rest)
@@ -364,14 +475,17 @@ def _backward(
     if formulation(input, weight, settings) == "matmul":
         return [*matmul_backward(grad, input, weight, settings, mask[:2]), gb]
     geometry, sizes = geometry_of(weight.shape[3:], settings), sizes_of(input, grad)
-    slopes = rows_of(grad).transpose(1, 2)
+    slopes = rows_of(grad).transpose(1, 2).unflatten(2, grad.shape[2:])
     gx = gw = None
     if mask[0]:
         gx = gradient_like(input)
         if gx.numel():
             rest = (None, None, sizes, geometry, settings[3])
             convolve(gx, slopes, channels_last(weight), *rest, back=True)
-    if mask[1]:
+    if mask[1] and large(weight, input, grad):
+        gw = torch.empty_like(weight, memory_format=torch.contiguous_format)
+        kernel_gradient_flat(gw, slopes, input, geometry, settings[3])
+    elif mask[1]:
         gw = kernel_gradient(slopes, input, sizes, geometry, settings[3])
         gw = channels_before_taps(gw, weight.shape)
     return [gx, gw, gb]

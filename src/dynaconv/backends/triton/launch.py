@@ -13,6 +13,7 @@ from threading import Lock
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -175,6 +176,13 @@ def tile_of(rows: int, length: int, numbers: int = 4096) -> tuple[int, int]:
     while tall * broad < numbers and length >= 2 * broad:
         broad *= 2
     return tall, broad
+
+
+def framed(tensor: Tensor, padding: Sequence[int]) -> Tensor:
+    """With so many zeros on both sides of each spatial dimension."""
+    if not any(padding):
+        return tensor
+    return F.pad(tensor, [p for p in reversed(padding) for _ in range(2)])
 
 
 def bound(positions: int) -> int:
