@@ -1,12 +1,16 @@
 """Masks from sizes and back, and through convolutions."""
 
+import copy
+
 import pytest
 import torch
 from torch.nn import functional as F
 
+import dynaconv
 from dynaconv.layers.attention import SafeBatchNorm
 from dynaconv.masking import check_mask, mask_from_sizes, masked_mean, output_mask, sizes_from_mask
 from dynaconv.shapes import Geometry
+from dynaconv.testing import close
 
 
 @pytest.mark.parametrize("shape", [(7,), (5, 6), (4, 3, 5)])
@@ -54,6 +58,19 @@ def test_check_mask():
         check_mask(torch.ones(2, 4).long(), x)
     with pytest.raises(ValueError, match="padding_mask is on meta, input on cpu"):
         check_mask(torch.ones(2, 4, device="meta").bool(), x)
+
+
+@pytest.mark.parametrize("family", ["odconv", "kernel_warehouse", "fdconv", "selective_kernel"])
+def test_a_sample_of_no_size_leaves_no_trace_in_training(family):
+    cls = dynaconv.families()[family].classes[2]
+    layer = cls(4, 6, 3, padding=1).double().train()
+    twin = copy.deepcopy(layer)
+    x = torch.randn(3, 4, 7, 8, dtype=torch.float64)
+    mask = mask_from_sizes([[7, 8], [5, 6], [0, 0]], (7, 8))
+    output, expected = layer(x, mask)[:2], twin(x[:2], mask[:2])
+    close(output, expected, family)
+    for (name, ours), theirs in zip(layer.named_buffers(), twin.buffers(), strict=True):
+        close(ours.double(), theirs.double(), f"{family}, {name}")
 
 
 class TestSafeBatchNorm:

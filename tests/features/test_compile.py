@@ -36,6 +36,14 @@ def test_compiles_with_a_mask(cls, arguments):
     check_feature("compile_mask", cls, arguments)
 
 
+@pytest.mark.parametrize(
+    ("cls", "arguments"), [pytest.param(c, a, id=c.__name__) for c, a in causal]
+)
+def test_causal_ones_compile_with_a_mask_in_training(cls, arguments):
+    """Batch norms count the real positions only, and no size follows the mask."""
+    compare(cls, arguments, masked=True, training=True)
+
+
 @slow
 @over_families("compile", samples=None)
 def test_every_sample_compiles(cls, arguments):

@@ -115,7 +115,8 @@ def masked_group_norm(norm: nn.GroupNorm, x: Tensor, mask: Tensor | None) -> Ten
 class Squeeze(nn.Module):
     """What a sample is about: relu(norm(fc(mean(x)))), (N, C, *L) -> (N, hidden).
 
-    The mean is over real positions. Without `norm`, fc stands alone, as in Dynamic Convolution.
+    The mean is over real positions, the statistics of `norm` over samples that have any. Without
+    `norm`, fc stands alone, as in Dynamic Convolution.
     """
 
     def __init__(self, channels: int, hidden: int, norm: bool = False) -> None:
@@ -125,7 +126,10 @@ class Squeeze(nn.Module):
 
     def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
         hidden = self.fc(masked_mean(x, mask))
-        return F.relu(hidden if self.bn is None else batch_norm(self.bn, hidden))
+        if self.bn is None:
+            return F.relu(hidden)
+        there = mask.flatten(1).any(1) if mask is not None and self.training else None
+        return F.relu(batch_norm(self.bn, hidden, there))
 
 
 class Regulator(nn.Module):

@@ -55,19 +55,20 @@ def whole(layer: "DynamicConv", x: Tensor, mask: Tensor | None) -> Tensor:
 def _each_prefix(layer: "DynamicConv", past: Tensor, x: Tensor, mask: Tensor | None) -> Tensor:
     """Every real position is a sample of its own: its window, and the mean up to it.
 
-    Where no size can follow a mask's values, all positions are, but for training, where they would
-    enter the statistics of a batch norm.
+    Where no size can follow a mask's values, all positions are; those of padding are told apart by
+    the mask, for the statistics of a batch norm.
     """
     batch, _, length = x.shape
     windows = past.unfold(2, layer.past + 1, 1).transpose(1, 2)
     count = torch.arange(1, length + 1, device=x.device)
     means = (_sums(x).cumsum(2) / count).to(x.dtype).transpose(1, 2)
-    picks = mask is not None and (layer.training or not values_unknown())
+    picks, real = mask is not None and not values_unknown(), None
     if picks:
         windows, means = windows[mask], means[mask]
     else:
         windows, means = windows.flatten(0, 1), means.flatten(0, 1)
-    output = layer.convolve(windows, **layer.generate(means.unsqueeze(2), None)).squeeze(2)
+        real = None if mask is None else mask.reshape(-1, 1)
+    output = layer.convolve(windows, **layer.generate(means.unsqueeze(2), real)).squeeze(2)
     if picks:
         blank = output.new_zeros(batch, length, output.shape[1])
         return blank.masked_scatter(mask.unsqueeze(2), output).transpose(1, 2)  # type: ignore[union-attr]

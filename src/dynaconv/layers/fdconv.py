@@ -164,7 +164,8 @@ class FDConv(DynamicConv):
     def generate(self, x: Tensor, mask: Tensor | None) -> dict[str, Tensor]:
         made, mean = {}, masked_mean(x, mask)
         if self.squeeze is not None:
-            hidden = self.squeeze(mean.unsqueeze(2))
+            there = None if mask is None else mask.flatten(1).any(1, keepdim=True)
+            hidden = self.squeeze(mean.unsqueeze(2), there)
             hidden = self.act_scale * hidden.square() + self.act_bias
             for name, key in (("kernel", "coefficients"), *zip(GATES, GATES, strict=True)):
                 head = getattr(self, f"{name}_fc")
