@@ -49,6 +49,7 @@ TILES = [
     {"ROWS": 128, "POSITIONS": 64, "INNER": 64, "stages": 4},
     {"ROWS": 128, "POSITIONS": 128, "INNER": 64, "warps": 8, "stages": 3},
     {"ROWS": 128, "POSITIONS": 256, "INNER": 64, "warps": 8, "stages": 3},
+    {"ROWS": 128, "POSITIONS": 256, "INNER": 64, "warps": 8, "stages": 2},
     {"ROWS": 256, "POSITIONS": 64, "INNER": 64, "warps": 8, "stages": 3},
     {"ROWS": 32, "POSITIONS": 128, "INNER": 32, "stages": 4},
 ]
