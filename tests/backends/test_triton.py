@@ -2,6 +2,7 @@
 
 import dataclasses
 import importlib
+from functools import partial
 from math import prod
 
 import pytest
@@ -22,6 +23,7 @@ from dynaconv.backends.triton.launch import KNOWN, far
 PRIMITIVES = ["conv_per_position", "conv_per_sample", "conv_mixture", "deform_conv"]
 every_primitive = pytest.mark.parametrize("primitive", PRIMITIVES)
 every_rank = pytest.mark.parametrize("rank", [1, 2, 3])
+slowly = partial(pytest.param, marks=pytest.mark.slow)
 GPU = torch.cuda.is_available()
 DEVICE = "cuda" if GPU else "cpu"
 # The interpreter computes in float64, and has no bfloat16.
@@ -155,9 +157,9 @@ def test_per_sample_over_the_edges_of_tiles(call):
     compare("conv_mixture", tensors, options)
 
 
-@every_rank
-@pytest.mark.parametrize("times", [0, 10**9])
-@pytest.mark.parametrize("index", [0, 3])
+@pytest.mark.parametrize("rank", [1, 2, slowly(3)])
+@pytest.mark.parametrize("times", [0, slowly(10**9)])
+@pytest.mark.parametrize("index", [0, slowly(3)])
 def test_kernels_as_they_lie_and_laid_out(rank, times, index, monkeypatch):
     monkeypatch.setattr(module("conv_per_sample"), "LARGE", times)
     for call in list(samples("conv_per_sample", rank, EXACT, (2,)))[1:9:3]:
@@ -187,9 +189,7 @@ LINES = [  # channels of a group, size, kernel
 ]
 
 
-@pytest.mark.parametrize(
-    "index", [0, 7, *(pytest.param(i, marks=pytest.mark.slow) for i in range(1, 18) if i != 7)]
-)
+@pytest.mark.parametrize("index", [0, *(slowly(i) for i in range(1, 18))])
 @pytest.mark.parametrize(("channels", "size", "kernel"), LINES)
 def test_per_position_along_lines(index, channels, size, kernel):
     """Four positions side by side, or one, in every configuration."""
