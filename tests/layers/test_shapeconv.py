@@ -92,11 +92,12 @@ def test_with_a_reference_the_output_has_the_static_size(rank, padding_mode, tap
 
 def test_growth_keeps_parity_and_leaves_a_tap():
     for taps in range(1, 9):
-        assert growth(taps, 1) == 0
-        assert taps + 2 * growth(taps, 0.01) == (1 if taps % 2 else 2)
-        for ratio in (0.3, 0.7, 1.5, 2, 4.2):
-            grown = taps + 2 * growth(taps, ratio)
-            assert abs(grown - taps * ratio) <= 1 or grown <= 2
+        assert growth(taps, 7, 7) == 0
+        assert taps + 2 * growth(taps, 1, 100) == (1 if taps % 2 else 2)
+        for size in (3, 7, 15, 20, 42):
+            grown = taps + 2 * growth(taps, size, 10)
+            assert abs(grown - taps * size / 10) <= 1 or grown <= 2
+    assert growth(3, 12, 9) == 1  # from half a tap on
 
 
 @ranks

@@ -100,7 +100,7 @@ class ShapeConv(DynamicConv):
             return ntuple(self.size_rule(tuple(size)), self.rank, "kernel_size(shape)")
         reference = self.reference or size
         return tuple(
-            max(1, trunc(k * n + 0.5)) if isinstance(k, float) else k + 2 * growth(k, n / r)
+            max(1, trunc(k * n + 0.5)) if isinstance(k, float) else k + 2 * growth(k, n, r)
             for k, n, r in zip(self.size_rule, size, reference, strict=True)
         )
 
@@ -225,7 +225,10 @@ class ShapeConv(DynamicConv):
         ]
 
 
-def growth(taps: int, ratio: float) -> int:
-    """By how many taps on each side a kernel grows (or shrinks, to 1 or 2) with its input."""
-    # trunc of what is positive, for torch.export cannot save floor.
-    return max(-((taps - 1) // 2), trunc(taps * (ratio + 1) / 2 + 0.5) - taps)
+def growth(taps: int, size: int, reference: int) -> int:
+    """By how many taps on each side a kernel grows (or shrinks, to 1 or 2) with its input.
+
+    round(taps (size / reference - 1) / 2), in whole numbers: of floats a compiler may make others.
+    """
+    grown = (taps * (size + reference) + reference) // (2 * reference)
+    return max(-((taps - 1) // 2), grown - taps)
