@@ -79,14 +79,19 @@ BY_TAPS = [
 KEY = ["C", "K2", "SP", "WIDEST"]
 
 
+def run_of(tile: dict[str, int], channels: int, widest: int) -> int:
+    """Positions of a strip: WIDTH, but one on short lines, and of by_weight in parts of a group."""
+    whole = "TAPS" not in tile or channels <= tile["CHANNELS"]
+    return tile["WIDTH"] if whole and tile["WIDTH"] <= widest else 1
+
+
 def fitting(configs: list[triton.Config], arguments: dict[str, Any], **constants: Any) -> list:
     """Tiles that the groups and a group's channels fill, the channels not by many."""
     channels, groups, widest = arguments["C"], arguments["groups"], constants["WIDEST"]
 
     def fits(tile: dict[str, int]) -> bool:
         filled = channels >= tile["CHANNELS"] > min(channels, 16) // 4 and groups >= tile["GROUPS"]
-        whole = "TAPS" not in tile or tile["WIDTH"] == 1 or channels <= tile["CHANNELS"]
-        return filled and whole and tile["WIDTH"] <= widest
+        return filled and run_of(tile, channels, widest) == tile["WIDTH"]
 
     return [config for config in configs if fits(config.kwargs)]
 
@@ -406,8 +411,7 @@ def _grid(
 
     def grid(tile: dict[str, int]) -> tuple[int]:
         parts = 1 if "TAPS" in tile else cdiv(channels, tile["CHANNELS"])
-        wide = tile["WIDTH"] <= widest and ("TAPS" not in tile or channels <= tile["CHANNELS"])
-        strips = lines * cdiv(length, tile["WIDTH"] if wide else 1)
+        strips = lines * cdiv(length, run_of(tile, channels, widest))
         bundles = cdiv(groups, tile["GROUPS"])
         return (batch * bundles * parts * cdiv(strips, tile["STRIPS"]),)
 
