@@ -19,6 +19,7 @@ from tests.backends.native import LAYOUTS, check, deformed_call, random_geometry
 
 pytest.importorskip("triton")
 from dynaconv.backends.triton.launch import KNOWN, far
+from tests.backends.watch import watched
 
 PRIMITIVES = ["conv_per_position", "conv_per_sample", "conv_mixture", "deform_conv"]
 every_primitive = pytest.mark.parametrize("primitive", PRIMITIVES)
@@ -32,6 +33,16 @@ HALF = [torch.float16, torch.bfloat16] if GPU else [torch.float16]
 # NumPy, in which the interpreter computes, warns of what inf and NaN are meant to give.
 quiet = pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning")
 pytestmark = [quiet, *([pytest.mark.gpu] if GPU else [])]
+
+
+@pytest.fixture(autouse=True)
+def _watched():
+    """What the interpreter lets pass and a GPU does not: addresses outside of tensors, races."""
+    if GPU:
+        yield
+    else:
+        with watched():
+            yield
 
 
 @pytest.fixture(autouse=True)
