@@ -22,7 +22,8 @@ from dynaconv.backends.triton.launch import lay
 GEOMETRY = {f"{letter}{d}": 1 for letter in "KSD" for d in range(3)}
 GEOMETRY |= {"P0": 0, "P1": 1, "P2": 1, "K1": 3, "K2": 3}
 PLAIN = {"DOUBLE": False, "FAR": False, **GEOMETRY}
-PRODUCT = {"PRECISION": "tf32", **PLAIN}
+PRODUCT = {"PRECISION": "tf32", "RANK": 2, **PLAIN}
+EVEN = {"EVEN_ROWS": 256, "EVEN_INNER": 256}
 LINES = {"C": 16, "SP": 64, "WIDEST": 4, "COUNT": 3, "ALIGNED": True, **PLAIN}
 DEFORMED = {"RANK": 2, "MODULATED": True, **PLAIN}
 DATA = {"INPUT": True, "OFFSET": True, "MODULATION": True}
@@ -34,13 +35,13 @@ CASES = [
     *(
         (
             conv_per_sample.multiply,
-            {"TRANSPOSED": back, "EXPERTS": experts, "BIASED": not back, **PRODUCT},
+            {"TRANSPOSED": back, "EXPERTS": experts, "BIASED": not back, **PRODUCT, **EVEN},
             ("WI" if back else "WJ", "OP"),
         )
         for back in (False, True)
         for experts in (0, 4)
     ),
-    (conv_per_sample.correlate, PRODUCT, ()),
+    (conv_per_sample.correlate, PRODUCT | EVEN, ()),
     (conv_per_sample.multiply_flat, {"BIASED": False, **PRODUCT}, ("OP", "SP")),
     (conv_per_sample.correlate_flat, PRODUCT, ("SP",)),
     (

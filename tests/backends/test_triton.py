@@ -154,6 +154,9 @@ def per_sample(channels, out_channels, size, kernel, batch=2, **options):
         per_sample(3, 130, (5,), (1,)),
         per_sample(3, 2, (150,), (3,)),
         per_sample(5, 3, (9, 16), (2, 2), stride=2),
+        per_sample(64, 64, (5, 4), (2, 3), stride=2, padding=1),  # tiles that channels fill
+        per_sample(3, 2, (5, 3, 4), (2, 1, 2), stride=(1, 2, 1), padding=(1, 1, 2)),
+        per_sample(2, 3, (3, 7, 3), (1, 2, 3), dilation=(1, 2, 1), padding=1),
     ],
 )
 def test_per_sample_over_the_edges_of_tiles(call):
@@ -179,6 +182,7 @@ def test_kernels_as_they_lie_and_laid_out(rank, times, index, monkeypatch):
 
 def test_kernels_as_they_lie_over_the_edges_of_tiles(monkeypatch):
     monkeypatch.setattr(module("conv_per_sample"), "LARGE", 0)
+    compare("conv_per_sample", *per_sample(2, 3, (5, 4, 6), (2, 2, 3), stride=(1, 2, 1)))
     compare("conv_per_sample", *per_sample(18, 5, (9, 8), (2, 3), stride=2, padding=1))
     compare("conv_per_sample", *per_sample(3, 130, (5,), (3,), padding=2, dilation=2))
 

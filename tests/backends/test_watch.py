@@ -3,12 +3,14 @@
 import pytest
 import torch
 
-triton = pytest.importorskip("triton")
-tl = pytest.importorskip("triton.language")
-pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="watches the interpreter")
+pytest.importorskip("triton")
+import triton
+import triton.language as tl
+
 from tests.backends.watch import watched
 
 # mypy: disable-error-code="no-untyped-def"
+pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="watches the interpreter")
 
 
 @triton.jit

@@ -1,5 +1,4 @@
-"""Watches Triton's interpreter as a sanitizer watches a GPU: what a kernel may not do and may do there
-without being wrong on the CPU.
+"""Watches Triton's interpreter as a sanitizer watches a GPU, for what shows on that alone.
 
 Every address that is read or written lies in a tensor that the launch was given. What one program
 stores no other reads or adds to, nor reads it again itself, for its threads do not wait for each

@@ -1,14 +1,16 @@
 """conv_per_sample in Triton: one batched implicit matrix product.
 
-For sample n, out[i, p] = sum_{k, j} W[n, i, k, j] source[seen_at(p, k), j]; tiles of the unfolded
-source are gathered where they are multiplied, and no convolution of N groups is made. Source and
+For sample n, out[i, p] = sum_{k, j} W[n, i, k, j] source[p * stride - padding + k * dilation, j];
+tiles of the unfolded source are gathered where they are multiplied, and no convolution of N groups
+is made. What a position and what a tap add to an address is worked out apart, and positions are
+counted up without a division: a step of the loops is to be little beside its product. Source and
 kernels lie with the channels they share last, so that a tile is read in whole lines: a contiguous
 input is copied so, and kernels (N, C_out, C_in / groups, *K) are of more than one tap. Where the
 kernels are what moves, forward reads them as they lie, and backward writes their gradient so.
 """
 
 from collections.abc import Callable, Sequence
-from math import prod
+from math import gcd, prod
 from typing import Any
 
 import torch
@@ -30,8 +32,6 @@ from dynaconv.backends.triton.launch import (
     precision,
     register,
     rows_of,
-    seen_at,
-    seen_from,
     sizes_of,
     three,
     transposed,
@@ -66,6 +66,35 @@ FLAT = [
 LARGE = 4
 
 
+@triton.jit
+def within(index, length, EVEN: tl.constexpr, SIZE: tl.constexpr):
+    """Whether index < length: always, where tiles of SIZE are even parts of it."""
+    if EVEN % SIZE == 0:
+        return tl.full(index.shape, True, tl.int1)
+    return index < length
+
+
+@triton.jit
+def exists(x0, x1, x2, L0, L1, L2, RANK: tl.constexpr):
+    """Whether a position lies in the grid. Signs are joined, for less than comparisons take."""
+    beyond = x2 | (L2 - 1 - x2)
+    if RANK > 1:
+        beyond |= x1 | (L1 - 1 - x1)
+    if RANK > 2:
+        beyond |= x0 | (L0 - 1 - x0)
+    return beyond >= 0
+
+
+@triton.jit
+def index_of(x0, x1, x2, L1, L2, RANK: tl.constexpr):
+    """Of a position in the grid, flattened."""
+    if RANK == 1:
+        return x2
+    if RANK == 2:
+        return x1 * L2 + x2
+    return (x0 * L1 + x1) * L2 + x2
+
+
 @tuned(TILES, ["rows", "inner", "bound", "K2", "EXPERTS", "TRANSPOSED"])
 @triton.jit
 def multiply(
@@ -76,6 +105,7 @@ def multiply(
     # mixture along sample, expert and tap
     ON, OC, OP, SN, SP, WN, WG, WI, WJ, WK, MN, ME, MK,
     TRANSPOSED: tl.constexpr, EXPERTS: tl.constexpr, BIASED: tl.constexpr,
+    RANK: tl.constexpr, EVEN_ROWS: tl.constexpr, EVEN_INNER: tl.constexpr,
     PRECISION: tl.constexpr, DOUBLE: tl.constexpr, FAR: tl.constexpr,
     K0: tl.constexpr, K1: tl.constexpr, K2: tl.constexpr,
     S0: tl.constexpr, S1: tl.constexpr, S2: tl.constexpr,
@@ -83,16 +113,16 @@ def multiply(
     D0: tl.constexpr, D1: tl.constexpr, D2: tl.constexpr,
     ROWS: tl.constexpr, POSITIONS: tl.constexpr, INNER: tl.constexpr,
 ):  # fmt: skip
-    """out[i, p] = sum_{k, j} W[i, k, j] source[seen_at(p, k), j], W one sample's kernel.
+    """out[i, p] = sum_{k, j} W[i, k, j] source[p * stride - padding + k * dilation, j].
 
-    EXPERTS > 0: W = sum_e mixture[n, e, k] weight[e], mixed tile by tile. TRANSPOSED, the input's
-    gradient: source at the positions that see p by tap k. `bound` is a power near the number of
-    positions: what to tune for.
+    W is one sample's kernel. EXPERTS > 0: W = sum_e mixture[n, e, k] weight[e], mixed tile by tile.
+    TRANSPOSED, the input's gradient: source[(p + padding - k * dilation) / stride, j], where that
+    is whole. `bound` is a power near the number of positions: what to tune for.
     """
     SUM: tl.constexpr = tl.float64 if DOUBLE else tl.float32
-    H1, H2 = O1, O2
+    H1, H2, M0, M1, M2 = O1, O2, L0, L1, L2
     if TRANSPOSED:
-        H1, H2 = L1, L2
+        H1, H2, M0, M1, M2 = L1, L2, O0, O1, O2
     program = wide(tl.program_id(0), FAR)
     zero = program * 0  # in the width of addresses
     blocks, parts = tl.cdiv(positions, POSITIONS), tl.cdiv(rows, ROWS)
@@ -100,17 +130,26 @@ def multiply(
     i = program // blocks % parts * ROWS + tl.arange(0, ROWS)
     g = program // (blocks * parts) % groups
     n = program // (blocks * parts * groups)
-    h0, h1, h2 = p // (H1 * H2), p // H2 % H1, p % H2
-    kernel = weight + g * WG + i[:, None] * WI
+    b0, b1, b2 = p // (H1 * H2), p // H2 % H1, p % H2
+    if TRANSPOSED:
+        b0, b1, b2 = b0 + P0, b1 + P1, b2 + P2
+        r0, r1, r2 = b0 % S0, b1 % S1, b2 % S2
+        b0, b1, b2 = b0 // S0, b1 // S1, b2 // S2
+    else:
+        b0, b1, b2 = b0 * S0 - P0, b1 * S1 - P1, b2 * S2 - P2
+    j = tl.arange(0, INNER)
+    kernel = weight + g * WG + i[:, None] * WI + j[None, :] * WJ
     if EXPERTS == 0:
         kernel += n * WN
     lines = source + n * SN + g * inner
+    lines += (index_of(b0, b1, b2, M1, M2, RANK) * SP)[None, :] + j[:, None]
+    b2 = tl.where(p < positions, b2, -(1 << 30))  # beyond all lengths
     total = tl.zeros((ROWS, POSITIONS), SUM)
-    turns = tl.cdiv(inner, INNER)
-    for step in range(K0 * K1 * K2 * turns):
-        k, j = step // turns, step % turns * INNER + tl.arange(0, INNER)
-        used = (i < rows)[:, None] & (j < inner)[None, :]
-        tile = kernel + j[None, :] * WJ + k * WK
+    k, start = 0, 0
+    for _ in range(K0 * K1 * K2 * tl.cdiv(inner, INNER)):
+        real = within(j + start, inner, EVEN_INNER, INNER)
+        used = within(i, rows, EVEN_ROWS, ROWS)[:, None] & real[None, :]
+        tile = kernel + ((start + zero) * WJ + (k + zero) * WK)
         if EXPERTS == 0:
             w = tl.load(tile, mask=used, other=0)
         else:
@@ -119,17 +158,22 @@ def multiply(
                 share = tl.load(mixture + n * MN + e * ME + k * MK).to(SUM)
                 mix += share * tl.load(tile + (e + zero) * WN, mask=used, other=0).to(SUM)
             w = mix.to(source.dtype.element_ty)
+        d0, d1, d2 = k // (K1 * K2) * D0, k // K2 % K1 * D1, k % K2 * D2
         if TRANSPOSED:
-            q, inside = seen_from(
-                h0, h1, h2, k, O0, O1, O2, K0, K1, K2, S0, S1, S2, P0, P1, P2, D0, D1, D2
-            )
+            e0, e1, e2 = -(d0 // S0), -(d1 // S1), -(d2 // S2)
+            inside = exists(b0 + e0, b1 + e1, b2 + e2, M0, M1, M2, RANK)
+            if S0 * S1 * S2 > 1:
+                inside = inside & (r0 == d0 % S0) & (r1 == d1 % S1) & (r2 == d2 % S2)
+            d0, d1, d2 = e0, e1, e2
         else:
-            q, inside = seen_at(
-                h0, h1, h2, k, L0, L1, L2, K0, K1, K2, S0, S1, S2, P0, P1, P2, D0, D1, D2
-            )
-        inside = (inside & (p < positions))[None, :] & (j < inner)[:, None]
-        v = tl.load(lines + q[None, :] * SP + j[:, None], mask=inside, other=0)
+            inside = exists(b0 + d0, b1 + d1, b2 + d2, M0, M1, M2, RANK)
+        step = index_of(d0, d1, d2 + zero, M1, M2, RANK)
+        used = inside[None, :] & real[:, None]
+        v = tl.load(lines + (step * SP + start), mask=used, other=0)
         total = tl.dot(w, v, total, input_precision=PRECISION, out_dtype=total.dtype)
+        start += INNER
+        k += (start >= inner).to(tl.int32)
+        start = tl.where(start >= inner, 0, start)
     channel = g * rows + i
     if BIASED:
         add = tl.load(bias + n * groups * rows + channel, mask=i < rows, other=0)
@@ -209,6 +253,28 @@ def multiply_flat(
     tl.store(target, total.to(out.dtype.element_ty), mask=used)
 
 
+@triton.jit
+def onward(
+    x0, x1, x2, d1, d2, O1, O2, STEP: tl.constexpr, RANK: tl.constexpr,
+    S0: tl.constexpr, S1: tl.constexpr, S2: tl.constexpr,
+):  # fmt: skip
+    """What STEP output positions further on see: carried over as digits are, without a division.
+
+    They are o * S + d in each dimension, with o < O but for the first.
+    """
+    if RANK == 1:
+        return x0, x1, x2 + STEP * S2
+    x2 += STEP % O2 * S2
+    carry = x2 >= O2 * S2 + d2
+    x2 = tl.where(carry, x2 - O2 * S2, x2)
+    if RANK == 2:
+        return x0, tl.where(carry, x1 + S1, x1) + STEP // O2 * S1, x2
+    x1 = tl.where(carry, x1 + S1, x1) + STEP // O2 % O1 * S1
+    carry = x1 >= O1 * S1 + d1
+    x1 = tl.where(carry, x1 - O1 * S1, x1)
+    return tl.where(carry, x0 + S0, x0) + STEP // (O1 * O2) * S0, x1, x2
+
+
 @tuned(TILES, ["rows", "inner", "bound", "K2"])
 @triton.jit
 def correlate(
@@ -216,6 +282,7 @@ def correlate(
     L0, L1, L2, O0, O1, O2,
     # steps of out along sample, row and tap; of grad and source along sample and position
     WN, WI, WK, ON, OP, SN, SP,
+    RANK: tl.constexpr, EVEN_ROWS: tl.constexpr, EVEN_INNER: tl.constexpr,
     PRECISION: tl.constexpr, DOUBLE: tl.constexpr, FAR: tl.constexpr,
     K0: tl.constexpr, K1: tl.constexpr, K2: tl.constexpr,
     S0: tl.constexpr, S1: tl.constexpr, S2: tl.constexpr,
@@ -223,13 +290,14 @@ def correlate(
     D0: tl.constexpr, D1: tl.constexpr, D2: tl.constexpr,
     ROWS: tl.constexpr, POSITIONS: tl.constexpr, INNER: tl.constexpr,
 ):  # fmt: skip
-    """out[n, i, k, j] = sum_p grad[n, p, i] source[n, seen_at(p, k), j].
+    """out[n, i, k, j] = sum_p grad[n, p, i] source[n, p * stride - padding + k * dilation, j].
 
     POSITIONS counts channels j here, and INNER positions: a tile of the result is ROWS by POSITIONS
     as in `multiply`.
     """
     SUM: tl.constexpr = tl.float64 if DOUBLE else tl.float32
     program = wide(tl.program_id(0), FAR)
+    zero = program * 0  # in the width of addresses
     blocks, parts = tl.cdiv(inner, POSITIONS), tl.cdiv(rows, ROWS)
     j = program % blocks * POSITIONS + tl.arange(0, POSITIONS)
     i = program // blocks % parts * ROWS + tl.arange(0, ROWS)
@@ -239,16 +307,19 @@ def correlate(
     slopes = grad + n * ON + (g * rows + i)[:, None]
     lines = source + n * SN + (g * inner + j)[None, :]
     total = tl.zeros((ROWS, POSITIONS), SUM)
+    p = tl.arange(0, INNER)
+    d0, d1, d2 = k // (K1 * K2) * D0 - P0, k // K2 % K1 * D1 - P1, k % K2 * D2 - P2
+    x0, x1, x2 = p // (O1 * O2) * S0 + d0, p // O2 % O1 * S1 + d1, p % O2 * S2 + d2
     for first in range(0, positions, INNER):
         p = first + tl.arange(0, INNER)
         real = p < positions
-        slope = tl.load(slopes + p[None, :] * OP, mask=real[None, :] & (i < rows)[:, None], other=0)
-        q, inside = seen_at(
-            p // (O1 * O2), p // O2 % O1, p % O2, k,
-            L0, L1, L2, K0, K1, K2, S0, S1, S2, P0, P1, P2, D0, D1, D2,
-        )  # fmt: skip
-        inside = (inside & real)[:, None] & (j < inner)[None, :]
-        v = tl.load(lines + q[:, None] * SP, mask=inside, other=0)
+        used = real[None, :] & within(i, rows, EVEN_ROWS, ROWS)[:, None]
+        slope = tl.load(slopes + p[None, :] * OP, mask=used, other=0)
+        inside = real & exists(x0, x1, x2, L0, L1, L2, RANK)
+        used = inside[:, None] & within(j, inner, EVEN_INNER, POSITIONS)[None, :]
+        q = index_of(x0, x1, x2 + zero, L1, L2, RANK)
+        v = tl.load(lines + (q * SP)[:, None], mask=used, other=0)
+        x0, x1, x2 = onward(x0, x1, x2, d1, d2, O1, O2, INNER, RANK, S0, S1, S2)
         total = tl.dot(slope, v, total, input_precision=PRECISION, out_dtype=total.dtype)
     target = out + n * WN + (g * rows + i)[:, None] * WI + k * WK + j[None, :]
     used = (i < rows)[:, None] & (j < inner)[None, :]
@@ -264,7 +335,7 @@ def correlate_flat(
     # steps of out along sample and row; of grad along sample and position; of source along sample,
     # channel and position
     WN, WI, ON, OP, SN, SC, SP,
-    PRECISION: tl.constexpr, DOUBLE: tl.constexpr, FAR: tl.constexpr,
+    RANK: tl.constexpr, PRECISION: tl.constexpr, DOUBLE: tl.constexpr, FAR: tl.constexpr,
     K0: tl.constexpr, K1: tl.constexpr, K2: tl.constexpr,
     S0: tl.constexpr, S1: tl.constexpr, S2: tl.constexpr,
     P0: tl.constexpr, P1: tl.constexpr, P2: tl.constexpr,
@@ -278,6 +349,7 @@ def correlate_flat(
     SUM: tl.constexpr = tl.float64 if DOUBLE else tl.float32
     length = inner * (K0 * K1 * K2)
     program = wide(tl.program_id(0), FAR)
+    zero = program * 0  # in the width of addresses
     blocks, parts = tl.cdiv(length, POSITIONS), tl.cdiv(rows, ROWS)
     m = program % blocks * POSITIONS + tl.arange(0, POSITIONS)
     i = program // blocks % parts * ROWS + tl.arange(0, ROWS)
@@ -288,13 +360,16 @@ def correlate_flat(
     lines = source + n * SN + g * inner * SC + step[None, :]
     total = tl.zeros((ROWS, POSITIONS), SUM)
     v = tl.zeros((INNER, POSITIONS), source.dtype.element_ty)
+    p = tl.arange(0, INNER)
+    x0, x1, x2 = p // (O1 * O2) * S0, p // O2 % O1 * S1, p % O2 * S2
     for first in range(0, positions + INNER, INNER):
         p = first + tl.arange(0, INNER)
-        q = (p // (O1 * O2) * S0 * L1 + p // O2 % O1 * S1) * L2 + p % O2 * S2
+        q = index_of(x0, x1, x2 + zero, L1, L2, RANK)
         if S2 == 1:  # but for the ends of lines
             q = tl.max_contiguous(q, INNER)
         inside = (p < positions)[:, None] & (m < length)[None, :]
-        ahead = tl.load(lines + ((q + program * 0) * SP)[:, None], mask=inside, other=0)
+        ahead = tl.load(lines + (q * SP)[:, None], mask=inside, other=0)
+        x0, x1, x2 = onward(x0, x1, x2, 0, 0, O1, O2, INNER, RANK, S0, S1, S2)
         p -= INNER
         used = (i < rows)[:, None] & ((p >= 0) & (p < positions))[None, :]
         slope = tl.load(slopes + p[None, :] * OP, mask=used, other=0)
@@ -314,6 +389,11 @@ def channels_last(weight: Tensor) -> Tensor:
 def channels_before_taps(kernels: Tensor, shape: Sequence[int]) -> Tensor:
     """The inverse of `channels_last`."""
     return transposed(kernels.flatten(0, 1)).reshape(-1, *shape[1:])
+
+
+def even(rows: int, inner: int) -> dict[str, int]:
+    """The largest powers of two, up to a tile's largest side, that divide the channels."""
+    return {"EVEN_ROWS": gcd(int(rows), 256), "EVEN_INNER": gcd(int(inner), 256)}
 
 
 def grid_of(matrices: int, rows: int, columns: int) -> Callable[[dict[str, int]], tuple[int]]:
@@ -359,8 +439,8 @@ def convolve(
         planes.shape[2], bound(planes.shape[2]), *sizes,
         *planes.stride(), *lines.stride()[:2], *steps, *shares,
         TRANSPOSED=back, EXPERTS=experts, BIASED=bias is not None,
-        PRECISION=precision(out), DOUBLE=out.dtype == torch.float64,
-        FAR=far(planes, lines, kernels), **constants(geometry),
+        RANK=len(geometry.kernel), PRECISION=precision(out), DOUBLE=out.dtype == torch.float64,
+        FAR=far(planes, lines, kernels), **even(count, inner), **constants(geometry),
     )  # fmt: skip
 
 
@@ -417,7 +497,7 @@ def kernel_gradient_flat(
         count, inner, groups, slopes.shape[1], bound(slopes.shape[1]),
         *three(source.shape[2:], 1)[1:], *three(grad.shape[2:], 1)[1:],
         *kernels.stride()[:2], *slopes.stride()[:2], *lines.stride(),
-        PRECISION=precision(out), DOUBLE=out.dtype == torch.float64,
+        RANK=len(geometry.kernel), PRECISION=precision(out), DOUBLE=out.dtype == torch.float64,
         FAR=wide_ones, **constants(geometry),
     )  # fmt: skip
 
@@ -442,8 +522,8 @@ def kernel_gradient(
     launch(correlate)[grid](
         out, slopes, lines, count, inner, groups, slopes.shape[1], bound(slopes.shape[1]), *sizes,
         *out.stride()[:3], *slopes.stride()[:2], *lines.stride()[:2],
-        PRECISION=precision(grad), DOUBLE=out.dtype == torch.float64,
-        FAR=far(out, slopes, lines), **constants(geometry),
+        RANK=len(geometry.kernel), PRECISION=precision(grad), DOUBLE=out.dtype == torch.float64,
+        FAR=far(out, slopes, lines), **even(count, inner), **constants(geometry),
     )  # fmt: skip
     return out
 
