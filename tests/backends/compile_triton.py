@@ -23,7 +23,7 @@ GEOMETRY = {f"{letter}{d}": 1 for letter in "KSD" for d in range(3)}
 GEOMETRY |= {"P0": 0, "P1": 1, "P2": 1, "K1": 3, "K2": 3}
 PLAIN = {"DOUBLE": False, "FAR": False, **GEOMETRY}
 PRODUCT = {"PRECISION": "tf32", "RANK": 2, **PLAIN}
-EVEN = {"EVEN_ROWS": 256, "EVEN_INNER": 256}
+EVEN = {"EVEN_ROWS": 256, "EVEN_INNER": 256, "EVEN_SEGMENT": 256}
 LINES = {"C": 16, "SP": 64, "WIDEST": 4, "COUNT": 3, "ALIGNED": True, **PLAIN}
 DEFORMED = {"RANK": 2, "MODULATED": True, **PLAIN}
 DATA = {"INPUT": True, "OFFSET": True, "MODULATION": True}
@@ -46,7 +46,7 @@ CASES = [
     (conv_per_sample.correlate_flat, PRODUCT, ("SP",)),
     (
         deform_conv.forward,
-        {"BIASED": True, "PRECISION": "tf32", **DEFORMED},
+        {"BIASED": True, "PRECISION": "tf32", **DEFORMED, **EVEN},
         ("WC", "OP", "FP", "MP"),
     ),
     (deform_conv.forward_depthwise, {"BIASED": True, **DEFORMED}, ("WC", "OP", "FP", "MP")),

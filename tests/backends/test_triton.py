@@ -220,6 +220,9 @@ DEFORMED = {
     "wide": {"channels": 70, "out_channels": 3, "size": (5,)},
     "tall": {"channels": 3, "out_channels": 140, "size": (5,)},
     "long": {"channels": 3, "out_channels": 2, "size": (90,)},
+    "high": {"channels": 3, "out_channels": 2, "size": (19, 5)},  # strips of lines
+    "deep": {"channels": 2, "out_channels": 2, "size": (2, 10, 2), "groups": 2},
+    "filled": {"channels": 64, "out_channels": 64, "size": (3, 2)},
     "depthwise": {"channels": 40, "out_channels": 40, "size": (5, 4), "groups": 40}
     | {"offset_groups": 4},
     "multiplied": {"channels": 6, "out_channels": 18, "size": (5, 4), "groups": 6},
@@ -239,6 +242,7 @@ def test_deform_conv_with_many_channels_groups_and_parts(case, parts, monkeypatc
     if parts > 1:  # and a sample at a time, its positions in as many parts as they can be
         monkeypatch.setattr(kernels, "COLUMNS", 1)
         monkeypatch.setattr(kernels, "LEAST", 1)
+        monkeypatch.setattr(kernels, "NEAR", 4 * torch.finfo(EXACT).bits)  # 32 channels
     compare(
         "deform_conv",
         *deformed_call(**DEFORMED[case], kernel=(2,) * len(DEFORMED[case]["size"]), dtype=EXACT),

@@ -10,7 +10,7 @@ kernels are what moves, forward reads them as they lie, and backward writes thei
 """
 
 from collections.abc import Callable, Sequence
-from math import gcd, prod
+from math import prod
 from typing import Any
 
 import torch
@@ -25,6 +25,7 @@ from dynaconv.backends.triton.launch import (
     bound,
     cdiv,
     constants,
+    even,
     far,
     framed,
     geometry_of,
@@ -37,6 +38,7 @@ from dynaconv.backends.triton.launch import (
     transposed,
     tuned,
     wide,
+    within,
 )
 from dynaconv.shapes import Geometry
 
@@ -64,14 +66,6 @@ FLAT = [
 # Kernels so many times larger than input and output are read as they lie: to lay them out moves
 # them twice more.
 LARGE = 4
-
-
-@triton.jit
-def within(index, length, EVEN: tl.constexpr, SIZE: tl.constexpr):
-    """Whether index < length: always, where tiles of SIZE are even parts of it."""
-    if EVEN % SIZE == 0:
-        return tl.full(index.shape, True, tl.int1)
-    return index < length
 
 
 @triton.jit
@@ -391,11 +385,6 @@ def channels_before_taps(kernels: Tensor, shape: Sequence[int]) -> Tensor:
     return transposed(kernels.flatten(0, 1)).reshape(-1, *shape[1:])
 
 
-def even(rows: int, inner: int) -> dict[str, int]:
-    """The largest powers of two, up to a tile's largest side, that divide the channels."""
-    return {"EVEN_ROWS": gcd(int(rows), 256), "EVEN_INNER": gcd(int(inner), 256)}
-
-
 def grid_of(matrices: int, rows: int, columns: int) -> Callable[[dict[str, int]], tuple[int]]:
     """A program for each tile of ROWS by POSITIONS of so many matrices."""
     return lambda tile: (matrices * cdiv(rows, tile["ROWS"]) * cdiv(columns, tile["POSITIONS"]),)
@@ -440,7 +429,7 @@ def convolve(
         *planes.stride(), *lines.stride()[:2], *steps, *shares,
         TRANSPOSED=back, EXPERTS=experts, BIASED=bias is not None,
         RANK=len(geometry.kernel), PRECISION=precision(out), DOUBLE=out.dtype == torch.float64,
-        FAR=far(planes, lines, kernels), **even(count, inner), **constants(geometry),
+        FAR=far(planes, lines, kernels), **even(ROWS=count, INNER=inner), **constants(geometry),
     )  # fmt: skip
 
 
@@ -523,7 +512,7 @@ def kernel_gradient(
         out, slopes, lines, count, inner, groups, slopes.shape[1], bound(slopes.shape[1]), *sizes,
         *out.stride()[:3], *slopes.stride()[:2], *lines.stride()[:2],
         RANK=len(geometry.kernel), PRECISION=precision(grad), DOUBLE=out.dtype == torch.float64,
-        FAR=far(out, slopes, lines), **even(count, inner), **constants(geometry),
+        FAR=far(out, slopes, lines), **even(ROWS=count, INNER=inner), **constants(geometry),
     )  # fmt: skip
     return out
 

@@ -24,6 +24,7 @@ from dynaconv.backends.triton.conv_per_sample import convolve, kernel_gradient
 from dynaconv.backends.triton.launch import (
     cdiv,
     constants,
+    even,
     far,
     geometry_of,
     launch,
@@ -33,6 +34,7 @@ from dynaconv.backends.triton.launch import (
     sizes_of,
     tuned,
     wide,
+    within,
 )
 from dynaconv.shapes import Geometry
 
@@ -68,6 +70,9 @@ BUSY, EACH, MOST = 2048, 512, 64
 # Numbers in the columns of a few samples; programs that their product with the slopes needs, which
 # get LEAST positions or more.
 COLUMNS, ENOUGH, LEAST = 2**25, 256, 128
+# Bytes of a position's channels of which a tile's surroundings fit into the first cache; fewer
+# channels than LEAST_NEAR are not worth to find the places anew.
+NEAR, LEAST_NEAR = 512, 32
 # Of a matrix product as a convolution of one tap.
 ONE = Geometry((1,), (1,), (0,), (1,))
 
@@ -77,22 +82,31 @@ def place(
     offset, tap, d, k_d, o_d, stride, padding, dilation, FC, real, SUM: tl.constexpr,
     RANK: tl.constexpr,
 ):  # fmt: skip
-    """Where tap `tap` samples along dimension d: its place on the grid plus its offset."""
-    moved = tl.load(offset + (tap * RANK + d) * FC, mask=real, other=0)
+    """Where tap `tap` samples along dimension d: its place on the grid plus its offset.
+
+    Positions that are not real sample infinitely far outside.
+    """
+    moved = tl.load(offset + (tap * RANK + d) * FC, mask=real, other=float("-inf"))
     return (o_d * stride - padding + k_d * dilation).to(SUM) + moved.to(SUM)
 
 
 @triton.jit
-def neighbour(where, length, UPPER: tl.constexpr):
-    """The grid point below or above `where`: its index, its share, and whether it exists."""
-    low = tl.floor(where)
-    point = low + UPPER
-    outside = (point < 0) | (point > length - 1)
-    share = where - low
-    if UPPER == 0:
-        share = 1 - share
-    exists = (point == point) & (outside == 0)  # a place that is NaN has none
-    return tl.where(exists, point, 0).to(tl.int32), tl.where(outside, 0, share), exists
+def factor_of(modulation, real, MODULATED: tl.constexpr, SUM: tl.constexpr):
+    """What a sample is multiplied by."""
+    if MODULATED:
+        return tl.load(modulation, mask=real, other=0).to(SUM)
+    return (real * 1.0).to(SUM)
+
+
+@triton.jit
+def below(place, length):
+    """The grid point at or before a place along one dimension, and the share of the one after it.
+
+    A place that is NaN has none, one that is far outside (or infinite) has them outside.
+    """
+    low = tl.floor(place)
+    share = tl.where(place == low, 0.0, place - low)
+    return tl.minimum(tl.maximum(low, -2), length).to(tl.int32), share
 
 
 @triton.jit
@@ -115,38 +129,96 @@ def places(
 
 
 @triton.jit
-def corner_of(x0, x1, x2, L0, L1, L2, zero, CORNER: tl.constexpr, RANK: tl.constexpr):
+def around(x0, x1, x2, L0, L1, L2, zero, RANK: tl.constexpr):
+    """Of the first of the 2^RANK grid points around a place: its index (in the width of `zero`),
+    its coordinates, and in each dimension the share of the points after it.
+    """
+    i2, s2 = below(x2, L2)
+    index, i0, i1, s0, s1 = i2 + zero, i2, i2, s2, s2
+    if RANK > 1:
+        i1, s1 = below(x1, L1)
+        index += i1 * L2
+    if RANK > 2:
+        i0, s0 = below(x0, L0)
+        index += i0 * (L1 * L2)
+    return index, i0, i1, i2, s0, s1, s2
+
+
+@triton.jit
+def exists(i, length):
+    """Whether 0 <= i < length, in one comparison: without a sign, negative numbers are large."""
+    return i.to(tl.uint32) < length
+
+
+@triton.jit
+def corner(
+    i0, i1, i2, s0, s1, s2, L0, L1, L2, zero, CORNER: tl.constexpr, RANK: tl.constexpr
+):  # fmt: skip
     """One of the 2^RANK grid points around a place.
 
-    Its index (in the width of `zero`), whether it exists, and for each dimension its share (1 where
-    there is no dimension).
+    How far its index is from that of the first, whether it exists, and its share in each dimension.
     """
-    index, s2, exists = neighbour(x2, L2, CORNER & 1)
-    index = index + zero
-    s1, s0 = s2 * 0 + 1, s2 * 0 + 1
+    there = exists(i2 + (CORNER & 1), L2)
+    step = zero + (CORNER & 1)
+    if CORNER & 1 == 0:
+        s2 = 1 - s2
     if RANK > 1:
-        i1, s1, e1 = neighbour(x1, L1, (CORNER >> 1) & 1)
-        index, exists = index + i1 * L2, exists & e1
+        there = there & exists(i1 + (CORNER >> 1 & 1), L1)
+        step += (CORNER >> 1 & 1) * L2
+        if CORNER >> 1 & 1 == 0:
+            s1 = 1 - s1
     if RANK > 2:
-        i0, s0, e0 = neighbour(x0, L0, (CORNER >> 2) & 1)
-        index, exists = index + i0 * (L1 * L2), exists & e0
-    return index, exists, s0, s1, s2
+        there = there & exists(i0 + (CORNER >> 2), L0)
+        step += (CORNER >> 2) * L1 * L2
+        if CORNER >> 2 == 0:
+            s0 = 1 - s0
+    return step, there, s0, s1, s2
+
+
+@triton.jit
+def product(s0, s1, s2, RANK: tl.constexpr):
+    """Of as many factors as there are dimensions."""
+    if RANK > 1:
+        s2 *= s1
+    if RANK > 2:
+        s2 *= s0
+    return s2
 
 
 @triton.jit
 def sampled(
-    rows, c, used, x0, x1, x2, L0, L1, L2, zero, SP,
+    rows, c, used, factor, x0, x1, x2, L0, L1, L2, zero, SP,
     RANK: tl.constexpr, SUM: tl.constexpr,
 ):  # fmt: skip
-    """The values (POSITIONS, channels) at places: the points around each, by their shares."""
-    total = (used * 0.0).to(SUM)
-    for corner in tl.static_range(1 << RANK):
-        index, exists, s0, s1, s2 = corner_of(x0, x1, x2, L0, L1, L2, zero, corner, RANK)
-        share = (s0 * s1 * s2)[:, None]
-        there = used & exists[:, None]
-        point = tl.load(rows + index[:, None] * SP + c[None, :], mask=there, other=0)
-        total += share * point.to(SUM)
+    """The values (POSITIONS, channels) at places, times `factor`: points around by their shares."""
+    index, i0, i1, i2, s0, s1, s2 = around(x0, x1, x2, L0, L1, L2, zero, RANK)
+    first = rows + (index * SP)[:, None] + c[None, :]
+    total = tl.zeros(used.shape, SUM)
+    for number in tl.static_range(1 << RANK):
+        step, there, h0, h1, h2 = corner(
+            i0, i1, i2, s0, s1, s2, L0, L1, L2, zero, number, RANK
+        )  # fmt: skip
+        point = tl.load(first + step * SP, mask=used & there[:, None], other=0).to(SUM)
+        total += (product(h0, h1, h2, RANK) * factor)[:, None] * point
     return total
+
+
+@triton.jit
+def strips(m, positions, O1, O2, RANK: tl.constexpr, LINES: tl.constexpr):
+    """The sample and position of number m, and the position's coordinates.
+
+    Numbers go through strips of LINES lines, across them: what the positions of a tile sample is
+    near in both dimensions, and found in the first cache.
+    """
+    n, r = m // positions, m % positions
+    if RANK == 1:
+        return n, r, r * 0, r * 0, r
+    o0, r = r // (O1 * O2), r % (O1 * O2)
+    top = r // (LINES * O2) * LINES
+    r -= top * O2
+    lines = tl.minimum(O1 - top, LINES)
+    o1, o2 = top + r % lines, r // lines
+    return n, (o0 * O1 + o1) * O2 + o2, o0, o1, o2
 
 
 @tuned(TILES, KEY)
@@ -157,6 +229,7 @@ def forward(
     L0, L1, L2, O1, O2,
     ON, OC, OP, SN, SP, FN, FC, FP, MN, MC, MP, WO, WC, WK,
     RANK: tl.constexpr, MODULATED: tl.constexpr, BIASED: tl.constexpr,
+    EVEN_ROWS: tl.constexpr, EVEN_SEGMENT: tl.constexpr,
     PRECISION: tl.constexpr, DOUBLE: tl.constexpr, FAR: tl.constexpr,
     K0: tl.constexpr, K1: tl.constexpr, K2: tl.constexpr,
     S0: tl.constexpr, S1: tl.constexpr, S2: tl.constexpr,
@@ -173,10 +246,11 @@ def forward(
     i = program % parts * ROWS + tl.arange(0, ROWS)
     g = program // parts % groups
     m = (program // (parts * groups)) * POSITIONS + tl.arange(0, POSITIONS)
-    real, n, p = m < batch * positions, m // positions, m % positions
-    o0, o1, o2 = p // (O1 * O2), p // O2 % O1, p % O2
+    real = m < batch * positions
+    n, p, o0, o1, o2 = strips(m, positions, O1, O2, RANK, 8 if POSITIONS > 32 else 4)
     channel = g * rows + i
     total = tl.zeros((POSITIONS, ROWS), SUM)
+    factors = modulation + n * MN + p * MP
     for s in range(inner // segment):
         first = g * inner + s * segment
         tap = first // by_offset * TAPS
@@ -184,6 +258,7 @@ def forward(
             offset + n * FN + p * FP, tap, 0, o0, o1, o2, FC, real, SUM, RANK,
             K0, K1, K2, S0, S1, S2, P0, P1, P2, D0, D1, D2,
         )  # fmt: skip
+        factor = factor_of(factors + tap * MC, real, MODULATED, SUM)
         for k in range(TAPS):
             # On their way during this tap; after the last one, again its own.
             next_k = tl.minimum(k + 1, TAPS - 1)
@@ -191,24 +266,21 @@ def forward(
                 offset + n * FN + p * FP, tap + next_k, next_k, o0, o1, o2, FC, real, SUM, RANK,
                 K0, K1, K2, S0, S1, S2, P0, P1, P2, D0, D1, D2,
             )  # fmt: skip
+            next_factor = factor_of(factors + (tap + next_k) * MC, real, MODULATED, SUM)
             for start in range(0, segment, INNER):
                 j = start + tl.arange(0, INNER)
-                used = real[:, None] & (j < segment)[None, :]
-                lines = source + (n * SN)[:, None]
-                value = sampled(lines, first + j, used, x0, x1, x2, L0, L1, L2, zero, SP, RANK, SUM)
-                if MODULATED:
-                    at = modulation + n * MN + (tap + k) * MC + p * MP
-                    value *= tl.load(at, mask=real, other=0).to(SUM)[:, None]
-                at = weight + channel[None, :] * WO + k * WK
-                factor = tl.load(
-                    at + (s * segment + j)[:, None] * WC,
-                    mask=(j < segment)[:, None] & (i < rows)[None, :], other=0,
+                asked = within(j, segment, EVEN_SEGMENT, INNER)
+                value = sampled(
+                    source + (n * SN)[:, None], first + j, asked[None, :], factor, x0, x1, x2,
+                    L0, L1, L2, zero, SP, RANK, SUM,
                 )  # fmt: skip
-                value = value.to(factor.dtype)
+                at = weight + channel[None, :] * WO + k * WK + (s * segment + j)[:, None] * WC
+                used = asked[:, None] & within(i, rows, EVEN_ROWS, ROWS)[None, :]
+                w = tl.load(at, mask=used, other=0)
                 total = tl.dot(
-                    value, factor, total, input_precision=PRECISION, out_dtype=total.dtype
+                    value.to(w.dtype), w, total, input_precision=PRECISION, out_dtype=total.dtype
                 )
-            x0, x1, x2 = y0, y1, y2
+            x0, x1, x2, factor = y0, y1, y2, next_factor
     if BIASED:
         add = tl.load(bias + channel, mask=i < rows, other=0)
         total += add.to(SUM)[None, :]
@@ -246,8 +318,8 @@ def forward_depthwise(
     h = program // parts % (groups // by_offset)
     m = (program // (parts * (groups // by_offset))) * POSITIONS
     m += tl.arange(0, POSITIONS)
-    real, n, p = m < batch * positions, m // positions, m % positions
-    o0, o1, o2 = p // (O1 * O2), p // O2 % O1, p % O2
+    real = m < batch * positions
+    n, p, o0, o1, o2 = strips(m, positions, O1, O2, RANK, 8 if POSITIONS > 32 else 4)
     channel = h * width + i
     used = real[:, None] & (i < width)[None, :]
     total = tl.zeros((POSITIONS, ROWS), SUM)
@@ -257,13 +329,13 @@ def forward_depthwise(
             offset + n * FN + p * FP, tap, k, o0, o1, o2, FC, real, SUM, RANK,
             K0, K1, K2, S0, S1, S2, P0, P1, P2, D0, D1, D2,
         )  # fmt: skip
-        lines = source + (n * SN)[:, None]
-        value = sampled(lines, channel // rows, used, x0, x1, x2, L0, L1, L2, zero, SP, RANK, SUM)
-        if MODULATED:
-            at = modulation + n * MN + tap * MC + p * MP
-            value *= tl.load(at, mask=real, other=0).to(SUM)[:, None]
-        factor = tl.load(weight + channel * WO + k * WK, mask=i < width, other=0)
-        total += value * factor.to(SUM)[None, :]
+        at = modulation + n * MN + tap * MC + p * MP
+        value = sampled(
+            source + (n * SN)[:, None], channel // rows, (i < width)[None, :],
+            factor_of(at, real, MODULATED, SUM), x0, x1, x2, L0, L1, L2, zero, SP, RANK, SUM,
+        )  # fmt: skip
+        w = tl.load(weight + channel * WO + k * WK, mask=i < width, other=0)
+        total += value * w.to(SUM)[None, :]
     if BIASED:
         add = tl.load(bias + channel, mask=i < width, other=0)
         total += add.to(SUM)[None, :]
@@ -301,8 +373,8 @@ def backward(
     zero = program * 0  # in the width of addresses
     h = program % offset_groups
     m = program // offset_groups * POSITIONS + tl.arange(0, POSITIONS)
-    real, n, p = m < batch * positions, m // positions, m % positions
-    o0, o1, o2 = p // (O1 * O2), p // O2 % O1, p % O2
+    real = m < batch * positions
+    n, p, o0, o1, o2 = strips(m, positions, O1, O2, RANK, 8 if POSITIONS > 32 else 4)
     slopes = grad + (n * ON + p * OP)[:, None]
     for k in range(TAPS):
         tap = h * TAPS + k
@@ -310,12 +382,11 @@ def backward(
             offset + n * FN + p * FP, tap, k, o0, o1, o2, FC, real, SUM, RANK,
             K0, K1, K2, S0, S1, S2, P0, P1, P2, D0, D1, D2,
         )  # fmt: skip
-        factor = (real * 1.0).to(SUM)
-        if MODULATED:
-            at = modulation + n * MN + tap * MC + p * MP
-            factor = tl.load(at, mask=real, other=0).to(SUM)
+        factor = factor_of(modulation + n * MN + tap * MC + p * MP, real, MODULATED, SUM)
+        index, i0, i1, i2, s0, s1, s2 = around(x0, x1, x2, L0, L1, L2, zero, RANK)
         # Of modulation, and of the place in each dimension.
-        t, t0, t1, t2 = factor * 0, factor * 0, factor * 0, factor * 0
+        t = tl.zeros((POSITIONS,), SUM)
+        t0, t1, t2 = t, t, t
         for s in range(by_offset // segment):
             first = h * by_offset + s * segment
             for start in range(0, segment, INNER):
@@ -334,38 +405,38 @@ def backward(
                 else:
                     slope = tl.load(place, mask=used, other=0).to(SUM)
                 sample = tl.zeros((POSITIONS, INNER), SUM)
-                for corner in tl.static_range(1 << RANK):
-                    index, exists, s0, s1, s2 = corner_of(
-                        x0, x1, x2, L0, L1, L2, zero, corner, RANK
-                    )
-                    there = used & exists[:, None]
-                    row_at = (n * SN)[:, None] + index[:, None] * SP + c[None, :]
+                for number in tl.static_range(1 << RANK):
+                    step, there, h0, h1, h2 = corner(
+                        i0, i1, i2, s0, s1, s2, L0, L1, L2, zero, number, RANK
+                    )  # fmt: skip
+                    share = product(h0, h1, h2, RANK)
+                    there = used & there[:, None]
+                    at = (n * SN + (index + step) * SP)[:, None] + c[None, :]
                     if INPUT:
-                        given = slope * (factor * s0 * s1 * s2)[:, None]
-                        tl.atomic_add(by_input + row_at, given, mask=there, sem="relaxed")
+                        given = slope * (factor * share)[:, None]
+                        tl.atomic_add(by_input + at, given, mask=there, sem="relaxed")
                     if OFFSET or MODULATION or KEEP:
-                        point = tl.load(source + row_at, mask=there, other=0).to(SUM)
-                        sample += (s0 * s1 * s2)[:, None] * point
-                    if OFFSET:
-                        seen = tl.sum(slope * point, 1) * factor
-                        t2 += seen * s0 * s1 * ((corner & 1) * 2 - 1)
+                        point = tl.load(source + at, mask=there, other=0).to(SUM)
+                        sample += share[:, None] * point
+                    if OFFSET or MODULATION:
+                        seen = tl.sum(slope * point, 1)
+                        t += seen * share
+                        t2 += seen * product(h0, h1, number % 2 * 2 - 1, RANK)
                         if RANK > 1:
-                            t1 += seen * s0 * s2 * ((corner & 2) - 1)
+                            t1 += seen * product(h0, number // 2 % 2 * 2 - 1, h2, RANK)
                         if RANK > 2:
-                            t0 += seen * s1 * s2 * ((corner & 4) // 2 - 1)
-                if MODULATION:
-                    t += tl.sum(slope * sample, 1)
+                            t0 += seen * product(number // 4 * 2 - 1, h1, h2, RANK)
                 if KEEP:
                     kept = (sample * factor[:, None]).to(columns.dtype.element_ty)
                     tl.store(place, kept, mask=used)
         if OFFSET:
             at = by_offsets + n * GN + p * GP
             kind = by_offsets.dtype.element_ty
-            tl.store(at + (tap * RANK + RANK - 1) * GC, t2.to(kind), mask=real)
+            tl.store(at + (tap * RANK + RANK - 1) * GC, (t2 * factor).to(kind), mask=real)
             if RANK > 1:
-                tl.store(at + (tap * RANK + RANK - 2) * GC, t1.to(kind), mask=real)
+                tl.store(at + (tap * RANK + RANK - 2) * GC, (t1 * factor).to(kind), mask=real)
             if RANK > 2:
-                tl.store(at + (tap * RANK) * GC, t0.to(kind), mask=real)
+                tl.store(at + (tap * RANK) * GC, (t0 * factor).to(kind), mask=real)
         if MODULATION:
             at = by_modulation + n * HN + tap * HC + p * HP
             tl.store(at, t.to(by_modulation.dtype.element_ty), mask=real)
@@ -410,14 +481,12 @@ def by_weight_depthwise(
             offset + n * FN + p * FP, tap, k, o0, o1, o2, FC, real, SUM, RANK,
             K0, K1, K2, S0, S1, S2, P0, P1, P2, D0, D1, D2,
         )  # fmt: skip
-        used = real[:, None] & (i < height)[None, :]
+        at = modulation + n * MN + tap * MC + p * MP
         value = sampled(
-            source + (n * SN)[:, None], channel // rows, used, x0, x1, x2,
-            L0, L1, L2, zero, SP, RANK, SUM,
+            source + (n * SN)[:, None], channel // rows, (i < height)[None, :],
+            factor_of(at, real, MODULATED, SUM), x0, x1, x2, L0, L1, L2, zero, SP, RANK, SUM,
         )  # fmt: skip
-        if MODULATED:
-            at = modulation + n * MN + tap * MC + p * MP
-            value *= tl.load(at, mask=real, other=0).to(SUM)[:, None]
+        used = real[:, None] & (i < height)[None, :]
         at = grad + (n * ON + p * OP)[:, None] + channel[None, :] * OC
         total += value * tl.load(at, mask=used, other=0).to(SUM)
     tl.store(out + part * XS + channel * XO + k * XK, tl.sum(total, 0), mask=i < height)
@@ -429,6 +498,12 @@ def by_weight_depthwise(
 def summed(tensor: Tensor) -> torch.dtype:
     """In which sums of its numbers are kept."""
     return torch.float64 if tensor.dtype == torch.float64 else torch.float32
+
+
+def near(segment: int, input: Tensor) -> int:
+    """Channels whose samples are gathered for all taps before those of the next: a divisor."""
+    part = gcd(segment, NEAR // input.element_size())
+    return part if part >= LEAST_NEAR else segment
 
 
 class Call:
@@ -501,6 +576,8 @@ def _forward(
     sizes = sizes_of(input, output)
     call = Call(output.flatten(2), sizes, input, offset, weight, modulation, settings)
 
+    segment = call.segment if call.depthwise else near(call.segment, input)
+
     def grid(tile: dict[str, int]) -> tuple[int]:
         if call.depthwise:
             parts = cdiv(call.by_offset * call.rows, tile["ROWS"])
@@ -510,13 +587,14 @@ def _forward(
     arguments = (
         call.output, call.lines, call.offset, call.kernel,
         call.kernel if bias is None else bias.contiguous(), call.given,
-        call.batch, call.positions, call.rows, call.inner, call.segment, call.groups,
+        call.batch, call.positions, call.rows, call.inner, segment, call.groups,
         call.by_offset, *sizes[:3], *sizes[4:], *call.steps(), *call.kernel.stride(),
     )  # fmt: skip
     options = call.options | {"BIASED": bias is not None}
     if call.depthwise:
         launch(forward_depthwise)[grid](*arguments, **options)
     else:
+        options |= even(ROWS=call.rows, SEGMENT=segment)
         launch(forward)[grid](*arguments, PRECISION=precision(input), **options)
     return output
 

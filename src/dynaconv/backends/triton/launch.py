@@ -8,7 +8,7 @@ of the compiled code; sizes are not, so that images of any size share it.
 from collections.abc import Callable, Sequence
 from functools import partial
 from inspect import Parameter, Signature
-from math import prod
+from math import gcd, prod
 from threading import Lock
 from typing import Any
 
@@ -205,6 +205,11 @@ def constants(geometry: Geometry) -> dict[str, int]:
     }
 
 
+def even(**counts: int) -> dict[str, int]:
+    """EVEN_..., for `within`: the largest powers of two, up to a tile's side, that divide them."""
+    return {f"EVEN_{name}": gcd(int(count), 256) for name, count in counts.items()}
+
+
 def geometry_of(kernel: Sequence[int], settings: Sequence[Any]) -> Geometry:
     """From the operator's lists."""
     return Geometry(tuple(kernel), *map(tuple, settings[:3]))
@@ -277,3 +282,11 @@ def lay(
         q = tl.max_contiguous(q, [LENGTH, 1])
     tile = tl.load(source + n * SN + r * SR + q * SP, mask=used, other=0)
     tl.store(out + n * length * rows + p * rows + r, tile, mask=there)
+
+
+@triton.jit
+def within(index, length, EVEN: tl.constexpr, SIZE: tl.constexpr):
+    """Whether index < length: always, where tiles of SIZE are even parts of it."""
+    if EVEN % SIZE == 0:
+        return tl.full(index.shape, True, tl.int1)
+    return index < length
