@@ -27,6 +27,7 @@ EVEN = {"EVEN_ROWS": 256, "EVEN_INNER": 256, "EVEN_SEGMENT": 256}
 LINES = {"C": 16, "SP": 64, "WIDEST": 4, "COUNT": 3, "ALIGNED": True, **PLAIN}
 DEFORMED = {"RANK": 2, "MODULATED": True, **PLAIN}
 DATA = {"INPUT": True, "OFFSET": True, "MODULATION": True}
+UNTUNED = [triton.Config({"SIZE": 256})]
 # Kernel, its constants, and the steps that are 1.
 CASES = [
     (conv_per_position.forward, LINES, ("SC", "WP", "OP")),
@@ -44,6 +45,7 @@ CASES = [
     (conv_per_sample.correlate, PRODUCT | EVEN, ()),
     (conv_per_sample.multiply_flat, {"BIASED": False, **PRODUCT}, ("OP", "SP")),
     (conv_per_sample.correlate_flat, PRODUCT, ("SP",)),
+    (conv_per_sample.fold, {"RANK": 2, **PLAIN}, ("OP",)),
     (
         deform_conv.forward,
         {"BIASED": True, "PRECISION": "tf32", **DEFORMED, **EVEN},
@@ -102,7 +104,8 @@ def main(dtype, architecture, *rest):
         print(*(reading_order(padded, dtype, int(architecture)) for padded in (False, True)))
         return
     for kernel, constants, ones in CASES:
-        for config in kernel.configs if rest else kernel.configs[:1]:
+        configs = getattr(kernel, "configs", UNTUNED)
+        for config in configs if rest else configs[:1]:
             made = compile_one(kernel, constants, ones, config, dtype, int(architecture))
             code = made.asm["ptx"]
             products = len(re.findall(r"wgmma\.mma_async|mma\.sync", code))

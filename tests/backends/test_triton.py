@@ -176,12 +176,14 @@ def test_per_sample_over_the_edges_of_tiles(call):
 @pytest.mark.parametrize("index", [0, slowly(3)])
 def test_kernels_as_they_lie_and_laid_out(rank, times, index, monkeypatch):
     monkeypatch.setattr(module("conv_per_sample"), "LARGE", times)
+    monkeypatch.setattr(module("conv_per_sample"), "FOLDED", times)
     for call in list(samples("conv_per_sample", rank, EXACT, (2,)))[1:9:3]:
         compare("conv_per_sample", *call)
 
 
 def test_kernels_as_they_lie_over_the_edges_of_tiles(monkeypatch):
     monkeypatch.setattr(module("conv_per_sample"), "LARGE", 0)
+    monkeypatch.setattr(module("conv_per_sample"), "FOLDED", 0)
     compare("conv_per_sample", *per_sample(2, 3, (5, 4, 6), (2, 2, 3), stride=(1, 2, 1)))
     compare("conv_per_sample", *per_sample(18, 5, (9, 8), (2, 3), stride=2, padding=1))
     compare("conv_per_sample", *per_sample(3, 130, (5,), (3,), padding=2, dilation=2))

@@ -38,7 +38,7 @@ def compiled(*arguments):
 
 def test_kernels_compile_to_matrix_products_and_pipelined_copies():
     lines = compiled("bf16", "90")
-    assert len(lines) == 15
+    assert len(lines) == 16
     for name, products, copies in lines:
         assert (products > 0) == (name in PRODUCTS), name
         assert (copies > 0) == PRODUCTS.get(name, False), name

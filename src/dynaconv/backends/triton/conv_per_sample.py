@@ -6,7 +6,8 @@ is made. What a position and what a tap add to an address is worked out apart, a
 counted up without a division: a step of the loops is to be little beside its product. Source and
 kernels lie with the channels they share last, so that a tile is read in whole lines: a contiguous
 input is copied so, and kernels (N, C_out, C_in / groups, *K) are of more than one tap. Where the
-kernels are what moves, forward reads them as they lie, and backward writes their gradient so.
+kernels are what moves, forward reads them as they lie, and backward writes their gradient so and
+goes through columns (channel and tap, position), which are smaller.
 """
 
 from collections.abc import Callable, Sequence
@@ -64,8 +65,10 @@ FLAT = [
     {"ROWS": 32, "POSITIONS": 64, "INNER": 64, "stages": 3},
 ]
 # Kernels so many times larger than input and output are read as they lie: to lay them out moves
-# them twice more.
-LARGE = 4
+# them twice more. For the gradient of the input if they are FOLDED times as large as its columns.
+LARGE, FOLDED = 4, 1
+# A matrix product as a convolution of one tap.
+ONE = Geometry((1,), (1,), (0,), (1,))
 
 
 @triton.jit
@@ -374,6 +377,36 @@ def correlate_flat(
     tl.store(target, total.to(out.dtype.element_ty), mask=used)
 
 
+@triton.jit
+def fold(
+    out, columns, channels, positions, L1, L2, O0, O1, O2,
+    # steps of out along sample, channel and position; of columns along sample and channel
+    ON, OC, OP, CN, CC,
+    RANK: tl.constexpr, DOUBLE: tl.constexpr, FAR: tl.constexpr,
+    K0: tl.constexpr, K1: tl.constexpr, K2: tl.constexpr,
+    S0: tl.constexpr, S1: tl.constexpr, S2: tl.constexpr,
+    P0: tl.constexpr, P1: tl.constexpr, P2: tl.constexpr,
+    D0: tl.constexpr, D1: tl.constexpr, D2: tl.constexpr,
+    SIZE: tl.constexpr,
+):  # fmt: skip
+    """out[c, q] = sum_k columns[(c, k), (q + padding - k * dilation) / stride], where whole."""
+    TAPS: tl.constexpr = K0 * K1 * K2
+    program = wide(tl.program_id(0), FAR)
+    blocks = tl.cdiv(channels * positions, SIZE)
+    n, m = program // blocks, program % blocks * SIZE + tl.arange(0, SIZE)
+    c, q, real = m // positions, m % positions, m < channels * positions
+    q0, q1, q2 = q // (L1 * L2) + P0, q // L2 % L1 + P1, q % L2 + P2
+    line = columns + n * CN + c * TAPS * CC
+    total = tl.zeros((SIZE,), tl.float64 if DOUBLE else tl.float32)
+    for k in tl.static_range(TAPS):
+        x0, x1, x2 = q0 - k // (K1 * K2) * D0, q1 - k // K2 % K1 * D1, q2 - k % K2 * D2
+        whole = (x0 % S0 == 0) & (x1 % S1 == 0) & (x2 % S2 == 0)
+        seen = whole & exists(x0 // S0, x1 // S1, x2 // S2, O0, O1, O2, RANK)
+        at = index_of(x0 // S0, x1 // S1, x2 // S2, O1, O2, RANK)
+        total += tl.load(line + k * CC + at, mask=real & seen, other=0).to(total.dtype)
+    tl.store(out + n * ON + c * OC + q * OP, total.to(out.dtype.element_ty), mask=real)
+
+
 def channels_last(weight: Tensor) -> Tensor:
     """Kernels (N, C_out, C_in / groups, *K) as (N, C_out, taps, C_in / groups), in one piece."""
     flat = weight.flatten(3)
@@ -470,6 +503,28 @@ def convolve_flat(
     )  # fmt: skip
 
 
+def input_gradient_flat(
+    out: Tensor, slopes: Tensor, weight: Tensor, geometry: Geometry, groups: int
+) -> None:
+    """Launches `multiply`, for the gradients of all taps' samples, and `fold`; `out` is written."""
+    planes, kernels = out.flatten(2), weight.contiguous().flatten(2)
+    positions = prod(slopes.shape[2:])
+    columns = planes.new_empty(len(planes), groups * kernels.shape[2], positions)
+    convolve(
+        columns, slopes, kernels.unsqueeze(2), None, None, [1, 1, positions] * 2, ONE, groups,
+        back=True,
+    )  # fmt: skip
+    channels, length = planes.shape[1:]
+    size = 256
+    launch(fold)[(len(planes) * cdiv(channels * length, size),)](
+        planes, columns, channels, length,
+        *three(out.shape[2:], 1)[1:], *three(slopes.shape[2:], 1),
+        *planes.stride(), *columns.stride()[:2],
+        RANK=len(geometry.kernel), DOUBLE=out.dtype == torch.float64, FAR=far(planes, columns),
+        **constants(geometry), SIZE=size,
+    )  # fmt: skip
+
+
 def kernel_gradient_flat(
     out: Tensor, grad: Tensor, input: Tensor, geometry: Geometry, groups: int
 ) -> None:
@@ -546,10 +601,13 @@ def _backward(
         return [*matmul_backward(grad, input, weight, settings, mask[:2]), gb]
     geometry, sizes = geometry_of(weight.shape[3:], settings), sizes_of(input, grad)
     slopes = rows_of(grad).transpose(1, 2).unflatten(2, grad.shape[2:])
+    taps = prod(geometry.kernel)
     gx = gw = None
     if mask[0]:
         gx = gradient_like(input)
-        if gx.numel():
+        if gx.numel() and weight.numel() >= FOLDED * taps * gx.numel() and large(weight, gx, grad):
+            input_gradient_flat(gx, slopes, weight, geometry, settings[3])
+        elif gx.numel():
             rest = (None, None, sizes, geometry, settings[3])
             convolve(gx, slopes, channels_last(weight), *rest, back=True)
     if mask[1] and large(weight, input, grad):

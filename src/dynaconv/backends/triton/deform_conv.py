@@ -20,7 +20,7 @@ from torch import Tensor
 
 from dynaconv.backends.eager.deform_conv import operator as eager
 from dynaconv.backends.operator import few_at_a_time, output_like
-from dynaconv.backends.triton.conv_per_sample import convolve, kernel_gradient
+from dynaconv.backends.triton.conv_per_sample import ONE, convolve, kernel_gradient
 from dynaconv.backends.triton.launch import (
     cdiv,
     constants,
@@ -36,7 +36,6 @@ from dynaconv.backends.triton.launch import (
     wide,
     within,
 )
-from dynaconv.shapes import Geometry
 
 # mypy: disable-error-code="no-untyped-def"
 # With one stage the points go through the first cache.
@@ -69,12 +68,10 @@ KEY = ["rows", "inner", "segment", "RANK", "K2"]
 BUSY, EACH, MOST = 2048, 512, 64
 # Numbers in the columns of a few samples; programs that their product with the slopes needs, which
 # get LEAST positions or more.
-COLUMNS, ENOUGH, LEAST = 2**25, 256, 128
+COLUMNS, ENOUGH, LEAST = 2**24, 256, 128
 # Bytes of a position's channels of which a tile's surroundings fit into the first cache; fewer
 # channels than LEAST_NEAR are not worth to find the places anew.
 NEAR, LEAST_NEAR = 512, 32
-# Of a matrix product as a convolution of one tap.
-ONE = Geometry((1,), (1,), (0,), (1,))
 
 
 @triton.jit
