@@ -56,6 +56,15 @@ TILES = [
     {"ROWS": 256, "POSITIONS": 64, "INNER": 64, "warps": 8, "stages": 3},
     {"ROWS": 32, "POSITIONS": 128, "INNER": 32, "stages": 4},
 ]
+# AHEAD: what is gathered for the next product is on its way, through the first cache, during this
+# one; else several are.
+GATHERED = [
+    *({**tile, "AHEAD": False} for tile in TILES),
+    {"ROWS": 64, "POSITIONS": 128, "INNER": 64, "stages": 3, "AHEAD": True},
+    {"ROWS": 128, "POSITIONS": 128, "INNER": 64, "warps": 8, "stages": 3, "AHEAD": True},
+    {"ROWS": 128, "POSITIONS": 256, "INNER": 64, "warps": 8, "stages": 3, "AHEAD": True},
+    {"ROWS": 256, "POSITIONS": 64, "INNER": 64, "warps": 8, "stages": 3, "AHEAD": True},
+]
 FLAT = [
     {"ROWS": 256, "POSITIONS": 64, "INNER": 64, "warps": 8, "stages": 3},
     {"ROWS": 128, "POSITIONS": 64, "INNER": 64, "stages": 3},
@@ -92,7 +101,42 @@ def index_of(x0, x1, x2, L1, L2, RANK: tl.constexpr):
     return (x0 * L1 + x1) * L2 + x2
 
 
-@tuned(TILES, ["rows", "inner", "bound", "K2", "EXPERTS", "TRANSPOSED"])
+@triton.jit
+def next_of(k, start, TAPS: tl.constexpr, INNER: tl.constexpr):
+    """The tap and first channel of the next step: all taps of some channels, then of the next.
+
+    What neighbouring taps see is found in the first cache.
+    """
+    last = k == TAPS - 1
+    return tl.where(last, 0, k + 1), tl.where(last, start + INNER, start)
+
+
+@triton.jit
+def gather(
+    lines, j, k, start, inner, zero, b0, b1, b2, r0, r1, r2, M0, M1, M2, SP,
+    TRANSPOSED: tl.constexpr, RANK: tl.constexpr, EVEN_INNER: tl.constexpr, INNER: tl.constexpr,
+    K1: tl.constexpr, K2: tl.constexpr,
+    S0: tl.constexpr, S1: tl.constexpr, S2: tl.constexpr,
+    D0: tl.constexpr, D1: tl.constexpr, D2: tl.constexpr, CACHE: tl.constexpr,
+):  # fmt: skip
+    """The tile (channels from `start` on, positions) that tap k sees.
+
+    `lines` is what tap 0 sees, at b0, b1, b2 (and what is left of them modulo the stride) in a grid
+    M0, M1, M2.
+    """
+    d0, d1, d2 = k // (K1 * K2) * D0, k // K2 % K1 * D1, k % K2 * D2
+    e0, e1, e2 = d0, d1, d2
+    if TRANSPOSED:
+        e0, e1, e2 = -(d0 // S0), -(d1 // S1), -(d2 // S2)
+    inside = exists(b0 + e0, b1 + e1, b2 + e2, M0, M1, M2, RANK)
+    if TRANSPOSED and S0 * S1 * S2 > 1:
+        inside = inside & (r0 == d0 % S0) & (r1 == d1 % S1) & (r2 == d2 % S2)
+    step = index_of(e0, e1, e2 + zero, M1, M2, RANK)
+    used = inside[None, :] & within(j + start, inner, EVEN_INNER, INNER)[:, None]
+    return tl.load(lines + (step * SP + start), mask=used, other=0, cache_modifier=CACHE)
+
+
+@tuned(GATHERED, ["rows", "inner", "bound", "K2", "EXPERTS", "TRANSPOSED"])
 @triton.jit
 def multiply(
     out, source, weight, mixture, bias, rows, inner, groups, positions, bound,
@@ -108,7 +152,7 @@ def multiply(
     S0: tl.constexpr, S1: tl.constexpr, S2: tl.constexpr,
     P0: tl.constexpr, P1: tl.constexpr, P2: tl.constexpr,
     D0: tl.constexpr, D1: tl.constexpr, D2: tl.constexpr,
-    ROWS: tl.constexpr, POSITIONS: tl.constexpr, INNER: tl.constexpr,
+    ROWS: tl.constexpr, POSITIONS: tl.constexpr, INNER: tl.constexpr, AHEAD: tl.constexpr,
 ):  # fmt: skip
     """out[i, p] = sum_{k, j} W[i, k, j] source[p * stride - padding + k * dilation, j].
 
@@ -128,6 +172,7 @@ def multiply(
     g = program // (blocks * parts) % groups
     n = program // (blocks * parts * groups)
     b0, b1, b2 = p // (H1 * H2), p // H2 % H1, p % H2
+    r0, r1, r2 = b0, b1, b2
     if TRANSPOSED:
         b0, b1, b2 = b0 + P0, b1 + P1, b2 + P2
         r0, r1, r2 = b0 % S0, b1 % S1, b2 % S2
@@ -142,10 +187,18 @@ def multiply(
     lines += (index_of(b0, b1, b2, M1, M2, RANK) * SP)[None, :] + j[:, None]
     b2 = tl.where(p < positions, b2, -(1 << 30))  # beyond all lengths
     total = tl.zeros((ROWS, POSITIONS), SUM)
+    TAPS: tl.constexpr = K0 * K1 * K2
+    CACHE: tl.constexpr = "" if AHEAD else ".ca"  # the first, which copies to come go past
+    turns = TAPS * tl.cdiv(inner, INNER)
     k, start = 0, 0
-    for _ in range(K0 * K1 * K2 * tl.cdiv(inner, INNER)):
-        real = within(j + start, inner, EVEN_INNER, INNER)
-        used = within(i, rows, EVEN_ROWS, ROWS)[:, None] & real[None, :]
+    if AHEAD:
+        v = gather(
+            lines, j, k, start, inner, zero, b0, b1, b2, r0, r1, r2, M0, M1, M2, SP,
+            TRANSPOSED, RANK, EVEN_INNER, INNER, K1, K2, S0, S1, S2, D0, D1, D2, CACHE,
+        )  # fmt: skip
+    for turn in range(turns):
+        used = within(i, rows, EVEN_ROWS, ROWS)[:, None]
+        used = used & within(j + start, inner, EVEN_INNER, INNER)[None, :]
         tile = kernel + ((start + zero) * WJ + (k + zero) * WK)
         if EXPERTS == 0:
             w = tl.load(tile, mask=used, other=0)
@@ -155,22 +208,20 @@ def multiply(
                 share = tl.load(mixture + n * MN + e * ME + k * MK).to(SUM)
                 mix += share * tl.load(tile + (e + zero) * WN, mask=used, other=0).to(SUM)
             w = mix.to(source.dtype.element_ty)
-        d0, d1, d2 = k // (K1 * K2) * D0, k // K2 % K1 * D1, k % K2 * D2
-        if TRANSPOSED:
-            e0, e1, e2 = -(d0 // S0), -(d1 // S1), -(d2 // S2)
-            inside = exists(b0 + e0, b1 + e1, b2 + e2, M0, M1, M2, RANK)
-            if S0 * S1 * S2 > 1:
-                inside = inside & (r0 == d0 % S0) & (r1 == d1 % S1) & (r2 == d2 % S2)
-            d0, d1, d2 = e0, e1, e2
+        if AHEAD:  # after the last one, again its own
+            next_k, next_start = next_of(k, start, TAPS, INNER)
+            more = turn + 1 < turns
+            k, start = tl.where(more, next_k, k), tl.where(more, next_start, start)
+        ahead = gather(
+            lines, j, k, start, inner, zero, b0, b1, b2, r0, r1, r2, M0, M1, M2, SP,
+            TRANSPOSED, RANK, EVEN_INNER, INNER, K1, K2, S0, S1, S2, D0, D1, D2, CACHE,
+        )  # fmt: skip
+        if AHEAD:
+            total = tl.dot(w, v, total, input_precision=PRECISION, out_dtype=total.dtype)
+            v = ahead
         else:
-            inside = exists(b0 + d0, b1 + d1, b2 + d2, M0, M1, M2, RANK)
-        step = index_of(d0, d1, d2 + zero, M1, M2, RANK)
-        used = inside[None, :] & real[:, None]
-        v = tl.load(lines + (step * SP + start), mask=used, other=0)
-        total = tl.dot(w, v, total, input_precision=PRECISION, out_dtype=total.dtype)
-        start += INNER
-        k += (start >= inner).to(tl.int32)
-        start = tl.where(start >= inner, 0, start)
+            total = tl.dot(w, ahead, total, input_precision=PRECISION, out_dtype=total.dtype)
+            k, start = next_of(k, start, TAPS, INNER)
     channel = g * rows + i
     if BIASED:
         add = tl.load(bias + n * groups * rows + channel, mask=i < rows, other=0)
@@ -398,7 +449,7 @@ def fold(
     q0, q1, q2 = q // (L1 * L2) + P0, q // L2 % L1 + P1, q % L2 + P2
     line = columns + n * CN + c * TAPS * CC
     total = tl.zeros((SIZE,), tl.float64 if DOUBLE else tl.float32)
-    for k in tl.static_range(TAPS):
+    for k in range(TAPS):
         x0, x1, x2 = q0 - k // (K1 * K2) * D0, q1 - k // K2 % K1 * D1, q2 - k % K2 * D2
         whole = (x0 % S0 == 0) & (x1 % S1 == 0) & (x2 % S2 == 0)
         seen = whole & exists(x0 // S0, x1 // S1, x2 // S2, O0, O1, O2, RANK)
