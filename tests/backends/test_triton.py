@@ -112,7 +112,7 @@ def test_other_dtypes(primitive, dtype, poisoned):
         compare(primitive, *call)
 
 
-@pytest.mark.parametrize("index", range(1, 14))
+@pytest.mark.parametrize("index", range(1, 15))
 @pytest.mark.parametrize("primitive", [p for p in PRIMITIVES if GPU or p != "deform_conv"])
 def test_every_configuration(primitive, index):
     compare(primitive, *list(samples(primitive, 2, EXACT, (2,)))[5])

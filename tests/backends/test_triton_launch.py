@@ -6,6 +6,8 @@ import pytest
 import torch
 
 pytest.importorskip("triton")
+import triton
+
 from dynaconv.backends.triton import launch
 
 
@@ -81,6 +83,18 @@ def test_another_kernel_is_learned():
     for kernel in kernels:
         launch.Launch(kernel)[grid](torch.zeros(3), 5, WIDE=True)
     assert [kernel.log[0][0] for kernel in kernels] == ["learned", "learned"]
+
+
+@pytest.mark.parametrize(
+    ("rows", "left"),
+    [(1, [32]), (33, [32, 64]), (64, [32, 64]), (100, [32, 64, 128]), (10**6, [32, 64, 128, 256])],
+)
+def test_tiles_that_are_tried_are_filled(rows, left):
+    """More than half of each, or it is the shortest."""
+    configs = [triton.Config({"ROWS": n, "POSITIONS": 64}) for n in (32, 64, 128, 256)]
+    fits = launch.fitting(ROWS="rows", POSITIONS="bound")["prune_configs_by"]["early_config_prune"]
+    kept = fits(configs, {"rows": rows, "bound": 4}, EXPERTS=0)
+    assert [config.kwargs["ROWS"] for config in kept] == left
 
 
 def test_what_is_known_stays_small(monkeypatch):

@@ -28,6 +28,7 @@ from dynaconv.backends.triton.launch import (
     constants,
     even,
     far,
+    fitting,
     framed,
     geometry_of,
     launch,
@@ -46,6 +47,7 @@ from dynaconv.shapes import Geometry
 # mypy: disable-error-code="no-untyped-def"
 TILES = [
     {"ROWS": 64, "POSITIONS": 64, "INNER": 32, "stages": 4},
+    {"ROWS": 64, "POSITIONS": 64, "INNER": 64, "stages": 4},
     {"ROWS": 64, "POSITIONS": 128, "INNER": 64, "stages": 3},
     {"ROWS": 64, "POSITIONS": 256, "INNER": 64, "warps": 8, "stages": 3},
     {"ROWS": 64, "POSITIONS": 128, "INNER": 64, "stages": 1},
@@ -136,7 +138,11 @@ def gather(
     return tl.load(lines + (step * SP + start), mask=used, other=0, cache_modifier=CACHE)
 
 
-@tuned(GATHERED, ["rows", "inner", "bound", "K2", "EXPERTS", "TRANSPOSED"])
+@tuned(
+    GATHERED,
+    ["rows", "inner", "bound", "K2", "EXPERTS", "TRANSPOSED"],
+    **fitting(ROWS="rows", POSITIONS="bound"),
+)
 @triton.jit
 def multiply(
     out, source, weight, mixture, bias, rows, inner, groups, positions, bound,
@@ -247,7 +253,7 @@ def offsets(
     tl.store(out + m, j * SC + step * SP, mask=m < count)
 
 
-@tuned(FLAT, ["rows", "inner", "bound", "K2"])
+@tuned(FLAT, ["rows", "inner", "bound", "K2"], **fitting(ROWS="rows", POSITIONS="bound"))
 @triton.jit
 def multiply_flat(
     out, source, weight, bias, steps, rows, inner, groups, positions, bound,
@@ -323,7 +329,7 @@ def onward(
     return tl.where(carry, x0 + S0, x0) + STEP // (O1 * O2) * S0, x1, x2
 
 
-@tuned(TILES, ["rows", "inner", "bound", "K2"])
+@tuned(TILES, ["rows", "inner", "bound", "K2"], **fitting(ROWS="rows", POSITIONS="inner"))
 @triton.jit
 def correlate(
     out, grad, source, rows, inner, groups, positions, bound,
@@ -374,7 +380,7 @@ def correlate(
     tl.store(target, total.to(out.dtype.element_ty), mask=used)
 
 
-@tuned(FLAT, ["rows", "inner", "bound", "K2"])
+@tuned(FLAT, ["rows", "inner", "bound", "K2"], **fitting(ROWS="rows"))
 @triton.jit
 def correlate_flat(
     out, grad, source, steps, rows, inner, groups, positions, bound,

@@ -26,6 +26,7 @@ from dynaconv.backends.triton.launch import (
     constants,
     even,
     far,
+    fitting,
     geometry_of,
     launch,
     precision,
@@ -218,7 +219,7 @@ def strips(m, positions, O1, O2, RANK: tl.constexpr, LINES: tl.constexpr):
     return n, (o0 * O1 + o1) * O2 + o2, o0, o1, o2
 
 
-@tuned(TILES, KEY)
+@tuned(TILES, KEY, **fitting(ROWS="rows"))
 @triton.jit
 def forward(
     out, source, offset, weight, bias, modulation,
@@ -340,7 +341,13 @@ def forward_depthwise(
     tl.store(target, total.to(out.dtype.element_ty), mask=used)
 
 
-@tuned(BY_POSITION, [*KEY, "DEPTHWISE"], reset_to_zero=["by_input"], restore_value=["columns"])
+@tuned(
+    BY_POSITION,
+    [*KEY, "DEPTHWISE"],
+    reset_to_zero=["by_input"],
+    restore_value=["columns"],
+    **fitting(INNER="segment"),
+)
 @triton.jit
 def backward(
     by_input, by_offsets, by_modulation, columns, grad, source, offset, weight, modulation,

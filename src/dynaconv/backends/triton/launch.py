@@ -80,6 +80,22 @@ def tuned(
     return decorate
 
 
+def fitting(**covered: str) -> dict[str, Any]:
+    """An option of `tuned`: without tiles half of which, along a side, cover nothing.
+
+    Args:
+        covered: for names of sides, the name of the argument that says how much there is.
+    """
+
+    def fits(configs: list[triton.Config], arguments: dict[str, Any], **constants: Any) -> list:
+        for side, name in covered.items():
+            most = max(2 * arguments[name] - 1, min(config.kwargs[side] for config in configs))
+            configs = [config for config in configs if config.kwargs[side] <= most]
+        return configs
+
+    return {"prune_configs_by": {"early_config_prune": fits}}
+
+
 class Launch:
     """A kernel as torch.library.triton_op wants it, called as `Launch(kernel)[grid](...)`.
 
