@@ -16,7 +16,12 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.runtime.autotuner import Autotuner
 
-from dynaconv.backends.triton import conv_per_position, conv_per_sample, deform_conv
+from dynaconv.backends.triton import (
+    conv_mixture,
+    conv_per_position,
+    conv_per_sample,
+    deform_conv,
+)
 from dynaconv.backends.triton.launch import lay
 
 GEOMETRY = {f"{letter}{d}": 1 for letter in "KSD" for d in range(3)}
@@ -25,6 +30,7 @@ PLAIN = {"DOUBLE": False, "FAR": False, **GEOMETRY}
 PRODUCT = {"PRECISION": "tf32", "RANK": 2, **PLAIN}
 EVEN = {"EVEN_ROWS": 256, "EVEN_INNER": 256, "EVEN_SEGMENT": 256}
 LINES = {"C": 16, "SP": 64, "WIDEST": 4, "COUNT": 3, "ALIGNED": True, **PLAIN}
+MIXED = {"DOUBLE": False, "FAR": False, "WIDTH": 16, "SIZE": 256}
 DEFORMED = {"RANK": 2, "MODULATED": True, **PLAIN}
 DATA = {"INPUT": True, "OFFSET": True, "MODULATION": True}
 UNTUNED = [triton.Config({"SIZE": 256})]
@@ -46,6 +52,8 @@ CASES = [
     (conv_per_sample.multiply_flat, {"BIASED": False, **PRODUCT}, ("OP", "SP")),
     (conv_per_sample.correlate_flat, PRODUCT, ("SP",)),
     (conv_per_sample.fold, {"RANK": 2, **PLAIN}, ("OP",)),
+    (conv_mixture.mix, MIXED, ("CE",)),
+    (conv_mixture.unmix, MIXED, ("CE",)),
     (
         deform_conv.forward,
         {"BIASED": True, "PRECISION": "tf32", **DEFORMED, **EVEN},
@@ -62,8 +70,19 @@ CASES = [
     ),
     (deform_conv.by_weight_depthwise, DEFORMED, ("OC", "FP", "MP")),
 ]
-POINTERS = ("out", "source", "weight", "mixture", "bias", "grad", "offset", "modulation", "columns")
-SUMS = ("by_input", "by_offsets", "by_modulation")
+POINTERS = (
+    "out",
+    "source",
+    "weight",
+    "mixture",
+    "bias",
+    "grad",
+    "offset",
+    "modulation",
+    "columns",
+    "coefficients",
+)
+SUMS = ("by_input", "by_offsets", "by_modulation", "shares")
 
 
 def compile_one(kernel, constants, ones, config, dtype, architecture):

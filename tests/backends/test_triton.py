@@ -261,6 +261,17 @@ def test_what_is_mixed(choice, by_tap, monkeypatch):
             compare("conv_mixture", tensors, options)
 
 
+def test_many_samples_and_experts(monkeypatch):
+    """More than a tile of either, and kernels of more numbers than one has."""
+    monkeypatch.setattr(module("conv_mixture"), "OUTPUTS", 0)
+    tensors = {
+        "input": torch.randn(70, 3, 5, dtype=EXACT),
+        "weight": torch.randn(17, 30, 3, 3, dtype=EXACT),
+        "coefficients": torch.randn(70, 17, dtype=EXACT),
+    }
+    compare("conv_mixture", tensors, {"padding": 1})
+
+
 def random_per_position(size, kernel, options):
     output = Geometry(kernel, *options.values()).output_size(size)
     tensors = {

@@ -10,12 +10,14 @@ import pytest
 pytest.importorskip("triton")
 ROOT = Path(__file__).parents[2]
 # Kernels that multiply matrices, and whether what they read is on its way in time: deform_conv's
-# points are to go through the first cache instead.
+# points are to go through the first cache instead, and mix has one product.
 PRODUCTS = {
     "conv_per_sample.multiply": True,
     "conv_per_sample.correlate": True,
     "conv_per_sample.multiply_flat": True,
     "conv_per_sample.correlate_flat": True,
+    "conv_mixture.mix": False,
+    "conv_mixture.unmix": True,
     "deform_conv.forward": False,
 }
 
@@ -38,7 +40,7 @@ def compiled(*arguments):
 
 def test_kernels_compile_to_matrix_products_and_pipelined_copies():
     lines = compiled("bf16", "90")
-    assert len(lines) == 16
+    assert len(lines) == 18
     for name, products, copies in lines:
         assert (products > 0) == (name in PRODUCTS), name
         assert (copies > 0) == PRODUCTS.get(name, False), name
@@ -54,7 +56,7 @@ def test_operators_are_open_to_torch_compile():
     # Of forward and backward, with those that lay tensors out.
     assert kernels == {
         "conv_per_position": 6, "conv_per_sample": 9, "conv_per_sample_of_large_kernels": 7,
-        "conv_mixture": 9, "deform_conv": 7,
+        "conv_mixture": 12, "deform_conv": 7,
     }  # fmt: skip
 
 

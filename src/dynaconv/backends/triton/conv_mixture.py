@@ -10,6 +10,8 @@ from math import prod
 from typing import Any
 
 import torch
+import triton
+import triton.language as tl
 from torch import Tensor
 
 from dynaconv.backends.eager.conv_mixture import arguments, outputs, outputs_backward
@@ -21,13 +23,85 @@ from dynaconv.backends.triton.conv_per_sample import (
     convolve,
     kernel_gradient,
 )
-from dynaconv.backends.triton.launch import geometry_of, register, rows_of, sizes_of
+from dynaconv.backends.triton.launch import (
+    bound,
+    cdiv,
+    far,
+    fitting,
+    geometry_of,
+    launch,
+    register,
+    rows_of,
+    sizes_of,
+    tuned,
+    wide,
+)
 
+# mypy: disable-error-code="no-untyped-def"
 # Outputs of positions, all experts together, below which mixing outputs pays: what a GPU computes
 # while it moves one number.
 OUTPUTS = 512
 # Positions of a tile, and experts whose reading pays.
 TILE, FEW = 64, 8
+# Samples of a tile of mixed kernels; of numbers of a kernel it has SIZE.
+SAMPLES = [{"SAMPLES": 64, "warps": 8}, {"SAMPLES": 64}, {"SAMPLES": 32}, {"SAMPLES": 16}]
+SIZE = 256
+
+
+@tuned(SAMPLES, ["experts", "bound"], **fitting(SAMPLES="bound"))
+@triton.jit
+def mix(
+    out, weight, coefficients, batch, experts, length, bound, CN, CE,
+    DOUBLE: tl.constexpr, FAR: tl.constexpr, WIDTH: tl.constexpr, SIZE: tl.constexpr,
+    SAMPLES: tl.constexpr,
+):  # fmt: skip
+    """out[n, m] = sum_e coefficients[n, e] weight[e, m]."""
+    program = wide(tl.program_id(0), FAR)
+    blocks = tl.cdiv(batch, SAMPLES)
+    n = program % blocks * SAMPLES + tl.arange(0, SAMPLES)
+    m = program // blocks * SIZE + tl.arange(0, SIZE)
+    e = tl.arange(0, WIDTH)
+    used = (n < batch)[:, None] & (e < experts)[None, :]
+    a = tl.load(coefficients + n[:, None] * CN + e[None, :] * CE, mask=used, other=0)
+    used = (e < experts)[:, None] & (m < length)[None, :]
+    w = tl.load(weight + e[:, None] * length + m[None, :], mask=used, other=0)
+    total = tl.dot(
+        a, w, input_precision="ieee", out_dtype=tl.float64 if DOUBLE else tl.float32
+    )  # fmt: skip
+    used = (n < batch)[:, None] & (m < length)[None, :]
+    tl.store(out + n[:, None] * length + m[None, :], total.to(out.dtype.element_ty), mask=used)
+
+
+@tuned(SAMPLES, ["experts", "bound"], **fitting(SAMPLES="bound"))
+@triton.jit
+def unmix(
+    out, shares, grad, weight, coefficients, batch, experts, length, bound, CN, CE,
+    DOUBLE: tl.constexpr, FAR: tl.constexpr, WIDTH: tl.constexpr, SIZE: tl.constexpr,
+    SAMPLES: tl.constexpr,
+):  # fmt: skip
+    """out[e, m] = sum_n coefficients[n, e] grad[n, m]; sum_m grad[n, m] weight[e, m] as `shares`.
+
+    These are (blocks of SIZE numbers m, N, E) and remain to be summed: grad is read once for both.
+    """
+    SUM: tl.constexpr = tl.float64 if DOUBLE else tl.float32
+    program = wide(tl.program_id(0), FAR)
+    m = program * SIZE + tl.arange(0, SIZE)
+    e = tl.arange(0, WIDTH)
+    used = (m < length)[:, None] & (e < experts)[None, :]
+    w = tl.load(weight + e[None, :] * length + m[:, None], mask=used, other=0)
+    total = tl.zeros((WIDTH, SIZE), SUM)
+    for first in range(0, batch, SAMPLES):
+        n = first + tl.arange(0, SAMPLES)
+        there = (n < batch)[:, None] & (m < length)[None, :]
+        slope = tl.load(grad + n[:, None] * length + m[None, :], mask=there, other=0)
+        given = (e < experts)[:, None] & (n < batch)[None, :]
+        a = tl.load(coefficients + n[None, :] * CN + e[:, None] * CE, mask=given, other=0)
+        total = tl.dot(a, slope, total, input_precision="ieee", out_dtype=SUM)
+        share = tl.dot(slope, w, input_precision="ieee", out_dtype=SUM)
+        asked = (n < batch)[:, None] & (e < experts)[None, :]
+        tl.store(shares + (program * batch + n)[:, None] * experts + e[None, :], share, mask=asked)
+    used = (e < experts)[:, None] & (m < length)[None, :]
+    tl.store(out + e[:, None] * length + m[None, :], total.to(out.dtype.element_ty), mask=used)
 
 
 def formulation(weight: Tensor, coefficients: Tensor, positions: int, groups: int) -> str:
@@ -40,16 +114,50 @@ def formulation(weight: Tensor, coefficients: Tensor, positions: int, groups: in
 def mixed(experts: Tensor, coefficients: Tensor) -> Tensor:
     """The kernels (N, C_out, taps, C_in / groups) of all samples, from experts (E, ...)."""
     if coefficients.dim() == 2:
-        return (coefficients @ experts.flatten(1)).unflatten(1, experts.shape[1:])
+        return _mixed(experts.flatten(1), coefficients).unflatten(1, experts.shape[1:])
     return torch.einsum("nek,eokj->nokj", coefficients.flatten(2), experts)
+
+
+def _mixed(weight: Tensor, coefficients: Tensor) -> Tensor:
+    """Launches `mix`."""
+    batch, (experts, length) = len(coefficients), weight.shape
+    out = weight.new_empty(batch, length)
+
+    def grid(tile: dict[str, int]) -> tuple[int]:
+        return (cdiv(batch, tile["SAMPLES"]) * cdiv(length, SIZE),)
+
+    launch(mix)[grid](
+        out, weight, coefficients, batch, experts, length, bound(batch), *coefficients.stride(),
+        **_options(out, weight),
+    )  # fmt: skip
+    return out
+
+
+def _unmixed(grad: Tensor, weight: Tensor, coefficients: Tensor) -> tuple[Tensor, Tensor]:
+    """Launches `unmix`."""
+    batch, (experts, length) = len(coefficients), weight.shape
+    out, blocks = torch.empty_like(weight), cdiv(length, SIZE)
+    kind = torch.float64 if weight.dtype == torch.float64 else torch.float32
+    shares = weight.new_empty(blocks, batch, experts, dtype=kind)
+    launch(unmix)[(blocks,)](
+        out, shares, grad, weight, coefficients, batch, experts, length, bound(batch),
+        *coefficients.stride(), **_options(grad, weight),
+    )  # fmt: skip
+    return out, shares.sum(0).to(coefficients.dtype)
+
+
+def _options(each: Tensor, weight: Tensor) -> dict[str, Any]:
+    """What `mix` and `unmix` are compiled for. A product is at least 16 wide."""
+    width = max(16, triton.next_power_of_2(int(weight.shape[0])))
+    double = weight.dtype == torch.float64
+    return {"DOUBLE": double, "FAR": far(each, weight), "WIDTH": width, "SIZE": SIZE}
 
 
 def unmixed(each: Tensor, experts: Tensor, coefficients: Tensor) -> tuple[Tensor, Tensor]:
     """From the gradients of mixed kernels those of experts and coefficients."""
     if coefficients.dim() == 2:
-        flat = each.flatten(1)
-        by_expert = (coefficients.t() @ flat).unflatten(1, each.shape[1:])
-        return by_expert, flat @ experts.flatten(1).t()
+        by_expert, shares = _unmixed(each.flatten(1), experts.flatten(1), coefficients)
+        return by_expert.unflatten(1, each.shape[1:]), shares
     by_expert = torch.einsum("nek,nokj->eokj", coefficients.flatten(2), each)
     return by_expert, torch.einsum("nokj,eokj->nek", each, experts).reshape(coefficients.shape)
 
