@@ -1,6 +1,8 @@
 """The primitives on a GPU: time, what the GPU needs at least, and other ways to compute the same.
 
 python benchmarks/gpu.py          # measures, and writes benchmarks/results/DEVICE.json
+python benchmarks/gpu.py --only deformable --dtype float32   # of one primitive and dtype: the
+                                        # other tables remain as they were
 python benchmarks/gpu.py --page   # writes docs/gpu.md from the results that are there
 python benchmarks/gpu.py --peers FILE   # a Python file with `involution(x, w, padding)` (2-D) and
                                         # `dynamicconv(x, w, padding)` (1-D), in float32: the CUDA
@@ -49,8 +51,9 @@ are in milliseconds, those of the device alone (replays of a CUDA graph) but for
 forward and backward called from Python; ratios are over ours. "floor" is what the device needs at
 least, the larger of bytes over its copying rate and operations over its matrix rate, both measured
 in the same run. The static convolution is cuDNN's fastest (`cudnn.benchmark`), contiguous as ours.
-What launches outside of the current stream, as torchvision's deform_conv2d, no graph records: of it
-there is the called time only.
+What launches outside of the current stream, as torchvision's deform_conv2d, no graph records: all
+its times are of calls from Python, one after another. Tables are of the commit that each names: what later commits changed
+in a kernel is not in them.
 """
 NOTHING = """
 No run on a GPU is on record yet. The Triton kernels equal the reference under Triton's interpreter
@@ -75,6 +78,7 @@ class Table:
     title: str
     dtype: str
     note: str = ""
+    commit: str = ""
     rows: list[Row] = field(default_factory=list)
 
 
@@ -101,9 +105,9 @@ def elapsed(call: Callable[[], object], count: int, device: str) -> float:
     return start.elapsed_time(end) / count
 
 
-def captured(call: Callable[[], object], device: str) -> Callable[[], object]:
-    """The call's work on the device alone: a replay of its CUDA graph."""
-    if device != "cuda":
+def recorded(contender: Contender, call: Callable[[], object], device: str) -> Callable[[], object]:
+    """The call's work on the device alone: a replay of its CUDA graph, if one can be made."""
+    if device != "cuda" or contender.name in UNRECORDED:
         return call
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
@@ -147,9 +151,12 @@ def measure(
     title: str, contenders: list[Contender], operations: float, dtype: torch.dtype, device: str
 ) -> Table:
     """All contenders in turns; the first is ours, and has the floor after it."""
-    table = Table(title, str(dtype).removeprefix("torch."))
+    note = f"Median of {ROUNDS} rounds."
+    table = Table(title, str(dtype).removeprefix("torch."), note, commit())
     agree(title, contenders, dtype)
-    steps = [[captured(c.forward, device), captured(c.both, device), c.both] for c in contenders]
+    steps = [
+        [recorded(c, c.forward, device), recorded(c, c.both, device), c.both] for c in contenders
+    ]
     most = [memory(c.both, device) for c in contenders]
     times: list[list[list[float]]] = [[[] for _ in calls] for calls in steps]
     for _ in range(ROUNDS):
@@ -158,8 +165,6 @@ def measure(
                 column.append(milliseconds(call, device))
     for contender, columns, mb in zip(contenders, times, most, strict=True):
         row = [statistics.median(column) for column in columns]
-        if contender.name in UNRECORDED:
-            row[:2] = [None, None]
         table.rows.append(Row(contender.name, *row, mb))
     table.rows.insert(1, floor(contenders[0], operations, dtype, device))
     return table
@@ -297,27 +302,40 @@ PRIMITIVES = (per_position, per_sample, mixture, deformable)
 # Results -----------------------------------------------------------------------------------------
 
 
-def run(device: str, dtypes: list[torch.dtype]) -> None:
-    """Measures everything; each finished table is written at once, so nothing is lost."""
+def run(device: str, dtypes: list[torch.dtype], only: list[str]) -> None:
+    """Measures the primitives named; each finished table is written at once: nothing is lost."""
     torch.backends.cudnn.benchmark = True
-    name = torch.get_device_module(device).get_device_name()
-    path = RESULTS / f"{name.replace(' ', '-')}.json"
-    content = {"device": name, **versions(), "tables": []}
     for primitive in PRIMITIVES:
-        for dtype in dtypes:
+        for dtype in dtypes if primitive.__name__ in only else ():
             for table in primitive(dtype, device):
                 print("\n".join(text(table)), flush=True)
-                content["tables"].append(asdict(table))
-                write(path, json.dumps(content, indent=1))
+                keep(table, torch.get_device_module(device).get_device_name())
 
 
-def versions() -> dict[str, str]:
-    """Of what the numbers depend on."""
+def keep(table: Table, device: str) -> None:
+    """Writes the table to the device's results, in place of the one that it had of the same.
+
+    Results of other versions of torch or Triton are dropped.
+    """
     import triton
 
+    path = RESULTS / f"{device.replace(' ', '-')}.json"
+    made_by = {"device": device, "torch": torch.__version__, "triton": triton.__version__}
+    known = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    same = all(known.get(name) == value for name, value in made_by.items())
+    tables = known["tables"] if same else []
+    which = [(old["title"], old["dtype"]) for old in tables]
+    if (table.title, table.dtype) in which:
+        tables[which.index((table.title, table.dtype))] = asdict(table)
+    else:
+        tables.append(asdict(table))
+    write(path, json.dumps({**made_by, "tables": tables}, indent=1))
+
+
+@cache
+def commit() -> str:
     ask = ["git", "-C", str(ROOT), "rev-parse", "--short", "HEAD"]
-    commit = subprocess.run(ask, capture_output=True, text=True).stdout.strip()
-    return {"commit": commit, "torch": torch.__version__, "triton": triton.__version__}
+    return subprocess.run(ask, capture_output=True, text=True).stdout.strip()
 
 
 def text(table: Table) -> list[str]:
@@ -329,11 +347,11 @@ def text(table: Table) -> list[str]:
     for row in table.rows:
         times = f"{timed(row.forward, first.forward)} | {timed(row.both, first.both)}"
         lines.append(f"| {row.name} | {times} | {row.called:.3f} | {row.memory:.1f} |")
-    return lines if not table.note else [*lines, f"\n{table.note}"]
+    return [*lines, f"\nCommit {table.commit}. {table.note}".rstrip()]
 
 
 def timed(mine: float | None, ours: float | None) -> str:
-    """A time and its ratio to ours."""
+    """A time and its ratio to ours; of torchvision an early table has none."""
     return " | " if mine is None or ours is None else f"{mine:.3f} | {mine / ours:.2f}"
 
 
@@ -344,9 +362,7 @@ def page() -> str:
     for path in files:
         content = json.loads(path.read_text(encoding="utf-8"))
         parts.append(
-            f"\n## {content['device']}\n\ntorch {content['torch']}, triton {content['triton']}, "
-            f"commit {content['commit']}. {content.get('note', '')}".rstrip()
-            + "\n"
+            f"\n## {content['device']}\n\ntorch {content['torch']}, triton {content['triton']}.\n"
         )
         for table in content["tables"]:
             table["rows"] = [Row(**row) for row in table["rows"]]
@@ -366,6 +382,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--page", action="store_true", help="writes docs/gpu.md, measures nothing")
     parser.add_argument("--dtype", nargs="+", default=["bfloat16", "float32"])
+    names = [primitive.__name__ for primitive in PRIMITIVES]
+    parser.add_argument("--only", nargs="+", default=names, choices=names, help="primitives")
     parser.add_argument("--peers", type=Path, help="a file with the CUDA kernels of others")
     options = parser.parse_args()
     if options.peers:
@@ -375,7 +393,7 @@ def main() -> None:
         if not torch.accelerator.is_available():
             sys.exit("there is no GPU; --page writes docs/gpu.md from the results that there are")
         device = torch.accelerator.current_accelerator().type
-        run(device, [getattr(torch, name) for name in options.dtype])
+        run(device, [getattr(torch, name) for name in options.dtype], options.only)
     write(PAGE, page())
 
 
