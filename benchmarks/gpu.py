@@ -27,6 +27,7 @@ from dataclasses import asdict, dataclass, field
 from functools import cache
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -52,8 +53,8 @@ forward and backward called from Python; ratios are over ours. "floor" is what t
 least, the larger of bytes over its copying rate and operations over its matrix rate, both measured
 in the same run. The static convolution is cuDNN's fastest (`cudnn.benchmark`), contiguous as ours.
 What launches outside of the current stream, as torchvision's deform_conv2d, no graph records: all
-its times are of calls from Python, one after another. Tables are of the commit that each names: what later commits changed
-in a kernel is not in them.
+its times are of calls from Python, one after another. A table is of the commit that it names: what
+later ones changed in a kernel is not in it.
 """
 NOTHING = """
 No run on a GPU is on record yet. The Triton kernels equal the reference under Triton's interpreter
@@ -347,7 +348,8 @@ def text(table: Table) -> list[str]:
     for row in table.rows:
         times = f"{timed(row.forward, first.forward)} | {timed(row.both, first.both)}"
         lines.append(f"| {row.name} | {times} | {row.called:.3f} | {row.memory:.1f} |")
-    return [*lines, f"\nCommit {table.commit}. {table.note}".rstrip()]
+    said = [f"Commit {table.commit}." if table.commit else "", table.note]
+    return [*lines, "\n" + " ".join(filter(None, said))]
 
 
 def timed(mine: float | None, ours: float | None) -> str:
@@ -362,12 +364,25 @@ def page() -> str:
     for path in files:
         content = json.loads(path.read_text(encoding="utf-8"))
         parts.append(
-            f"\n## {content['device']}\n\ntorch {content['torch']}, triton {content['triton']}.\n"
+            f"\n## {content['device']}\n\ntorch {content['torch']}, triton {content['triton']}."
+            + "".join(f" Not measured yet: {name}." for name in missing(content["tables"]))
+            + "\n"
         )
         for table in content["tables"]:
             table["rows"] = [Row(**row) for row in table["rows"]]
             parts.append("\n".join(text(Table(**table))) + "\n")
     return "".join(parts)
+
+
+def missing(tables: list[dict[str, Any]]) -> list[str]:
+    """The primitives of which there is no table, each in bfloat16 and float32."""
+    there = {(table["title"].split(",")[0], table["dtype"]) for table in tables}
+    return [
+        f"{name} in {dtype}"
+        for name in ("conv_per_position", "conv_per_sample", "conv_mixture", "deform_conv")
+        for dtype in ("bfloat16", "float32")
+        if (name, dtype) not in there
+    ]
 
 
 def write(path: Path, content: str) -> None:
