@@ -364,9 +364,8 @@ def page() -> str:
     for path in files:
         content = json.loads(path.read_text(encoding="utf-8"))
         parts.append(
-            f"\n## {content['device']}\n\ntorch {content['torch']}, triton {content['triton']}."
-            + "".join(f" Not measured yet: {name}." for name in missing(content["tables"]))
-            + "\n"
+            f"\n## {content['device']}\n\ntorch {content['torch']}, triton {content['triton']}. "
+            f"Not measured yet: {', '.join(missing(content['tables'])) or 'nothing'}.\n"
         )
         for table in content["tables"]:
             table["rows"] = [Row(**row) for row in table["rows"]]

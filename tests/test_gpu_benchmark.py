@@ -95,7 +95,7 @@ def test_results_become_a_page(gpu, monkeypatch, tmp_path):
     assert "## Some GPU" in page
     assert "| floor | 1.000 | 0.50 | 1.000 | 0.25 | 1.000 | 0.5 |" in page
     assert "Commit abc. Why." in page
-    assert "Not measured yet: conv_mixture in float32." in page
+    assert "conv_mixture in bfloat16, conv_mixture in float32, deform_conv in bfloat16" in page
     assert "No run on a GPU" not in page
 
 
