@@ -58,8 +58,8 @@ TILES = [
     {"ROWS": 256, "POSITIONS": 64, "INNER": 64, "warps": 8, "stages": 3},
     {"ROWS": 32, "POSITIONS": 128, "INNER": 32, "stages": 4},
 ]
-# AHEAD: what is gathered for the next product is on its way, through the first cache, during this
-# one; else several are.
+# AHEAD: what is gathered for the next product is on its way to registers during this one; else for
+# several products, to shared memory.
 GATHERED = [
     *({**tile, "AHEAD": False} for tile in TILES),
     {"ROWS": 64, "POSITIONS": 128, "INNER": 64, "stages": 3, "AHEAD": True},
@@ -194,7 +194,7 @@ def multiply(
     b2 = tl.where(p < positions, b2, -(1 << 30))  # beyond all lengths
     total = tl.zeros((ROWS, POSITIONS), SUM)
     TAPS: tl.constexpr = K0 * K1 * K2
-    CACHE: tl.constexpr = "" if AHEAD else ".ca"  # the first, which copies to come go past
+    CACHE: tl.constexpr = "" if AHEAD else ".ca"  # else copies pass the first cache by
     turns = TAPS * tl.cdiv(inner, INNER)
     k, start = 0, 0
     if AHEAD:
