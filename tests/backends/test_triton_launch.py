@@ -97,6 +97,13 @@ def test_tiles_that_are_tried_are_filled(rows, left):
     assert [config.kwargs["ROWS"] for config in kept] == left
 
 
+def test_what_is_undone_is_not_pruned():
+    options = launch.fitting(ROWS="rows")
+    launch.tuned([{"ROWS": 32}], ["rows"], **options)
+    with pytest.raises(ValueError, match="can't undo"):
+        launch.tuned([{"ROWS": 32}], ["rows"], reset_to_zero=["out"], **options)
+
+
 def test_what_is_known_stays_small(monkeypatch):
     monkeypatch.setattr(launch, "MOST", 3)
     kernel = Kernel()

@@ -341,13 +341,7 @@ def forward_depthwise(
     tl.store(target, total.to(out.dtype.element_ty), mask=used)
 
 
-@tuned(
-    BY_POSITION,
-    [*KEY, "DEPTHWISE"],
-    reset_to_zero=["by_input"],
-    restore_value=["columns"],
-    **fitting(INNER="segment"),
-)
+@tuned(BY_POSITION, [*KEY, "DEPTHWISE"], reset_to_zero=["by_input"], restore_value=["columns"])
 @triton.jit
 def backward(
     by_input, by_offsets, by_modulation, columns, grad, source, offset, weight, modulation,

@@ -60,8 +60,12 @@ def tuned(
 ) -> Callable[[Any], Any]:
     """Decorator of a @triton.jit kernel: the fastest of `configs` for each value of `key`.
 
-    "warps" and "stages" of a configuration are Triton's num_warps and num_stages.
+    "warps" and "stages" of a configuration are Triton's num_warps and num_stages. `options` are
+    triton.autotune's. Configurations are not pruned where a trial's traces have to be undone: once
+    it has pruned them, torch.compile no longer undoes these.
     """
+    if "prune_configs_by" in options and {"reset_to_zero", "restore_value"} & options.keys():
+        raise ValueError("a kernel whose configurations are pruned can't undo what a trial did")
 
     def decorate(kernel: Any) -> Any:
         made = [
