@@ -60,6 +60,36 @@ def test_operators_are_open_to_torch_compile():
     }  # fmt: skip
 
 
+# What inductor's program calls, beside `lay`.
+CALLED = {
+    "conv_per_position": {"forward", "by_input", "by_weight"},
+    "conv_per_sample": {"multiply", "correlate"},
+    "conv_per_sample of large kernels": {
+        "offsets", "multiply_flat", "multiply", "fold", "correlate_flat",
+    },
+    "conv_mixture": {"mix", "multiply", "correlate", "unmix"},
+    "deform_conv": {"forward", "multiply", "backward", "correlate"},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("name", "sizes"),
+    [
+        ("deform_conv", ["--dynamic"]),
+        *(
+            pytest.param(name, sizes, marks=pytest.mark.slow)
+            for name in CALLED
+            for sizes in ([], ["--dynamic"])
+        ),
+    ],
+)
+def test_inductor_compiles_the_operators(name, sizes):
+    lines = printed("inductor_triton", name, *sizes)
+    assert {line[0] for line in lines} == CALLED[name] | {"lay"}
+    undone = {line[0]: line[2:] for line in lines if line[2:]}  # where a trial adds to or replaces
+    assert undone == ({"backward": ["by_input", "columns"]} if name == "deform_conv" else {})
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("architecture", ["80", "90", "100"])
 @pytest.mark.parametrize("dtype", ["fp32", "bf16", "fp16"])

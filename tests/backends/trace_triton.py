@@ -30,6 +30,16 @@ CALLS = {
 }
 
 
+def both(operator, settings):
+    """A function of the output's gradient and all tensors: all gradients, and the output."""
+
+    def call(grad, *tensors):
+        gradients = operator.backward(grad, *tensors, *settings, [True] * len(tensors))
+        return operator.forward(*tensors, *settings), *gradients
+
+    return call
+
+
 def main():
     # What the analysis of a kernel's arguments asks; there need not be a GPU.
     target = GPUTarget("cuda", 90, 32)
@@ -37,14 +47,9 @@ def main():
     for name, (shapes, settings) in CALLS.items():
         tensors = [torch.randn(shape) for shape in shapes]
         operator = import_module(f"dynaconv.backends.triton.{name.split()[0]}").operator
-
-        def both(grad, *tensors, operator=operator, settings=settings):
-            mask = [True] * len(tensors)
-            gradients = operator.backward(grad, *tensors, *settings, mask)
-            return operator.forward(*tensors, *settings), gradients
-
         grad = torch.randn(operator.shape(*tensors, *settings))
-        graph = make_fx(dispatch_functionalize(both), tracing_mode="symbolic")(grad, *tensors)
+        traced = dispatch_functionalize(both(operator, settings))
+        graph = make_fx(traced, tracing_mode="symbolic")(grad, *tensors)
         kernels = [n for n in graph.graph.nodes if "triton_kernel" in str(n.target)]
         print(name.replace(" ", "_"), len(kernels), flush=True)
 
