@@ -148,7 +148,7 @@ def _unmixed(grad: Tensor, weight: Tensor, coefficients: Tensor) -> tuple[Tensor
 
 def _options(each: Tensor, weight: Tensor) -> dict[str, Any]:
     """What `mix` and `unmix` are compiled for. A product is at least 16 wide."""
-    width = max(16, triton.next_power_of_2(int(weight.shape[0])))
+    width = max(16, 1 << (int(weight.shape[0]) - 1).bit_length())
     double = weight.dtype == torch.float64
     return {"DOUBLE": double, "FAR": far(each, weight), "WIDTH": width, "SIZE": SIZE}
 

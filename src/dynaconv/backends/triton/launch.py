@@ -6,7 +6,7 @@ of the compiled code; sizes are not, so that images of any size share it.
 """
 
 from collections.abc import Callable, Sequence
-from functools import partial
+from functools import cache, partial
 from inspect import Parameter, Signature
 from math import gcd, prod
 from threading import Lock
@@ -189,7 +189,7 @@ def laid(tensor: Tensor, padding: Sequence[int]) -> Tensor:
 
 def tile_of(rows: int, length: int, numbers: int = 4096) -> tuple[int, int]:
     """The sides of a tile of a matrix: powers of two, 64 or what a short side leaves over."""
-    short = lambda n: 64 if n >= 64 else triton.next_power_of_2(int(n))
+    short = lambda n: 64 if n >= 64 else 1 << (int(n) - 1).bit_length()
     tall, broad = short(rows), short(length)
     while tall * broad < numbers and rows >= 2 * tall:
         tall *= 2
@@ -215,8 +215,9 @@ def sizes_of(input: Tensor, output: Tensor) -> list[int]:
     return three(input.shape[2:], 1) + three(output.shape[2:], 1)
 
 
+@cache
 def constants(geometry: Geometry) -> dict[str, int]:
-    """Kernel, stride, padding and dilation as the kernels' constants K0 ... D2."""
+    """Kernel, stride, padding and dilation as the kernels' constants K0 ... D2, shared."""
     fills = {"K": 1, "S": 1, "P": 0, "D": 1}
     return {
         f"{letter}{d}": value
@@ -249,7 +250,8 @@ def precision(tensor: Tensor) -> str:
 
 def far(*tensors: Tensor | None) -> bool:
     """Whether an address in one of the tensors needs 64 bits."""
-    return any(t is not None and reach(t) >= MANY for t in tensors)
+    large = (t for t in tensors if t is not None and t.untyped_storage().nbytes() >= MANY)
+    return any(reach(t) >= MANY for t in large)
 
 
 def register(name: str, function: Callable, mutates_args: Sequence[str], schema: str) -> Any:
