@@ -232,8 +232,8 @@ def even(**counts: int) -> dict[str, int]:
 
 
 def geometry_of(kernel: Sequence[int], settings: Sequence[Any]) -> Geometry:
-    """From the operator's lists."""
-    return Geometry(tuple(kernel), *map(tuple, settings[:3]))
+    """From the operator's lists. Taps are counted in compiled code: no symbols."""
+    return Geometry(tuple(map(int, kernel)), *map(tuple, settings[:3]))
 
 
 def reach(tensor: Tensor) -> int:
