@@ -30,9 +30,11 @@ from dynaconv.backends.triton.launch import (
     fitting,
     geometry_of,
     launch,
+    power_of_two,
     register,
     rows_of,
     sizes_of,
+    summed,
     tuned,
     wide,
 )
@@ -137,8 +139,7 @@ def _unmixed(grad: Tensor, weight: Tensor, coefficients: Tensor) -> tuple[Tensor
     """Launches `unmix`."""
     batch, (experts, length) = len(coefficients), weight.shape
     out, blocks = torch.empty_like(weight), cdiv(length, SIZE)
-    kind = torch.float64 if weight.dtype == torch.float64 else torch.float32
-    shares = weight.new_empty(blocks, batch, experts, dtype=kind)
+    shares = weight.new_empty(blocks, batch, experts, dtype=summed(weight))
     launch(unmix)[(blocks,)](
         out, shares, grad, weight, coefficients, batch, experts, length, bound(batch),
         *coefficients.stride(), **_options(grad, weight),
@@ -148,7 +149,7 @@ def _unmixed(grad: Tensor, weight: Tensor, coefficients: Tensor) -> tuple[Tensor
 
 def _options(each: Tensor, weight: Tensor) -> dict[str, Any]:
     """What `mix` and `unmix` are compiled for. A product is at least 16 wide."""
-    width = max(16, 1 << (int(weight.shape[0]) - 1).bit_length())
+    width = max(16, power_of_two(weight.shape[0]))
     double = weight.dtype == torch.float64
     return {"DOUBLE": double, "FAR": far(each, weight), "WIDTH": width, "SIZE": SIZE}
 

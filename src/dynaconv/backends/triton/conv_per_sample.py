@@ -31,6 +31,7 @@ from dynaconv.backends.triton.launch import (
     fitting,
     framed,
     geometry_of,
+    index_of,
     launch,
     precision,
     register,
@@ -91,16 +92,6 @@ def exists(x0, x1, x2, L0, L1, L2, RANK: tl.constexpr):
     if RANK > 2:
         beyond |= x0 | (L0 - 1 - x0)
     return beyond >= 0
-
-
-@triton.jit
-def index_of(x0, x1, x2, L1, L2, RANK: tl.constexpr):
-    """Of a position in the grid, flattened."""
-    if RANK == 1:
-        return x2
-    if RANK == 2:
-        return x1 * L2 + x2
-    return (x0 * L1 + x1) * L2 + x2
 
 
 @triton.jit
@@ -214,20 +205,20 @@ def multiply(
                 share = tl.load(mixture + n * MN + e * ME + k * MK).to(SUM)
                 mix += share * tl.load(tile + (e + zero) * WN, mask=used, other=0).to(SUM)
             w = mix.to(source.dtype.element_ty)
+        next_k, next_start = next_of(k, start, TAPS, INNER)
         if AHEAD:  # after the last one, again its own
-            next_k, next_start = next_of(k, start, TAPS, INNER)
             more = turn + 1 < turns
             k, start = tl.where(more, next_k, k), tl.where(more, next_start, start)
         ahead = gather(
             lines, j, k, start, inner, zero, b0, b1, b2, r0, r1, r2, M0, M1, M2, SP,
             TRANSPOSED, RANK, EVEN_INNER, INNER, K1, K2, S0, S1, S2, D0, D1, D2, CACHE,
         )  # fmt: skip
+        factor = v if AHEAD else ahead
+        total = tl.dot(w, factor, total, input_precision=PRECISION, out_dtype=total.dtype)
         if AHEAD:
-            total = tl.dot(w, v, total, input_precision=PRECISION, out_dtype=total.dtype)
             v = ahead
         else:
-            total = tl.dot(w, ahead, total, input_precision=PRECISION, out_dtype=total.dtype)
-            k, start = next_of(k, start, TAPS, INNER)
+            k, start = next_k, next_start
     channel = g * rows + i
     if BIASED:
         add = tl.load(bias + n * groups * rows + channel, mask=i < rows, other=0)
@@ -658,16 +649,17 @@ def _backward(
         return [*matmul_backward(grad, input, weight, settings, mask[:2]), gb]
     geometry, sizes = geometry_of(weight.shape[3:], settings), sizes_of(input, grad)
     slopes = rows_of(grad).transpose(1, 2).unflatten(2, grad.shape[2:])
-    taps = prod(geometry.kernel)
+    as_they_lie = large(weight, input, grad)
     gx = gw = None
     if mask[0]:
         gx = gradient_like(input)
-        if gx.numel() and weight.numel() >= FOLDED * taps * gx.numel() and large(weight, gx, grad):
+        columns = prod(geometry.kernel) * gx.numel()
+        if gx.numel() and as_they_lie and weight.numel() >= FOLDED * columns:
             input_gradient_flat(gx, slopes, weight, geometry, settings[3])
         elif gx.numel():
             rest = (None, None, sizes, geometry, settings[3])
             convolve(gx, slopes, channels_last(weight), *rest, back=True)
-    if mask[1] and large(weight, input, grad):
+    if mask[1] and as_they_lie:
         gw = torch.empty_like(weight, memory_format=torch.contiguous_format)
         kernel_gradient_flat(gw, slopes, input, geometry, settings[3])
     elif mask[1]:

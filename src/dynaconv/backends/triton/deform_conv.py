@@ -28,11 +28,13 @@ from dynaconv.backends.triton.launch import (
     far,
     fitting,
     geometry_of,
+    index_of,
     launch,
     precision,
     register,
     rows_of,
     sizes_of,
+    summed,
     tuned,
     wide,
     within,
@@ -132,18 +134,16 @@ def around(x0, x1, x2, L0, L1, L2, zero, RANK: tl.constexpr):
     its coordinates, and in each dimension the share of the points after it.
     """
     i2, s2 = below(x2, L2)
-    index, i0, i1, s0, s1 = i2 + zero, i2, i2, s2, s2
+    i0, i1, s0, s1 = i2, i2, s2, s2
     if RANK > 1:
         i1, s1 = below(x1, L1)
-        index += i1 * L2
     if RANK > 2:
         i0, s0 = below(x0, L0)
-        index += i0 * (L1 * L2)
-    return index, i0, i1, i2, s0, s1, s2
+    return index_of(i0, i1, i2 + zero, L1, L2, RANK), i0, i1, i2, s0, s1, s2
 
 
 @triton.jit
-def exists(i, length):
+def on_line(i, length):
     """Whether 0 <= i < length, in one comparison: without a sign, negative numbers are large."""
     return i.to(tl.uint32) < length
 
@@ -156,21 +156,16 @@ def corner(
 
     How far its index is from that of the first, whether it exists, and its share in each dimension.
     """
-    there = exists(i2 + (CORNER & 1), L2)
-    step = zero + (CORNER & 1)
-    if CORNER & 1 == 0:
-        s2 = 1 - s2
+    c0: tl.constexpr = CORNER >> 2
+    c1: tl.constexpr = CORNER >> 1 & 1
+    c2: tl.constexpr = CORNER & 1
+    there = on_line(i2 + c2, L2)
     if RANK > 1:
-        there = there & exists(i1 + (CORNER >> 1 & 1), L1)
-        step += (CORNER >> 1 & 1) * L2
-        if CORNER >> 1 & 1 == 0:
-            s1 = 1 - s1
+        there = there & on_line(i1 + c1, L1)
     if RANK > 2:
-        there = there & exists(i0 + (CORNER >> 2), L0)
-        step += (CORNER >> 2) * L1 * L2
-        if CORNER >> 2 == 0:
-            s0 = 1 - s0
-    return step, there, s0, s1, s2
+        there = there & on_line(i0 + c0, L0)
+    step = index_of(c0, c1, zero + c2, L1, L2, RANK)
+    return step, there, s0 if c0 else 1 - s0, s1 if c1 else 1 - s1, s2 if c2 else 1 - s2
 
 
 @triton.jit
@@ -202,12 +197,13 @@ def sampled(
 
 
 @triton.jit
-def strips(m, positions, O1, O2, RANK: tl.constexpr, LINES: tl.constexpr):
+def strips(m, positions, O1, O2, RANK: tl.constexpr):
     """The sample and position of number m, and the position's coordinates.
 
-    Numbers go through strips of LINES lines, across them: what the positions of a tile sample is
-    near in both dimensions, and found in the first cache.
+    Numbers go through strips of eight lines, or four in small tiles, across them: what the
+    positions of a tile sample is near in both dimensions, and found in the first cache.
     """
+    LINES: tl.constexpr = 8 if m.shape[0] > 32 else 4
     n, r = m // positions, m % positions
     if RANK == 1:
         return n, r, r * 0, r * 0, r
@@ -245,7 +241,7 @@ def forward(
     g = program // parts % groups
     m = (program // (parts * groups)) * POSITIONS + tl.arange(0, POSITIONS)
     real = m < batch * positions
-    n, p, o0, o1, o2 = strips(m, positions, O1, O2, RANK, 8 if POSITIONS > 32 else 4)
+    n, p, o0, o1, o2 = strips(m, positions, O1, O2, RANK)
     channel = g * rows + i
     total = tl.zeros((POSITIONS, ROWS), SUM)
     factors = modulation + n * MN + p * MP
@@ -317,7 +313,7 @@ def forward_depthwise(
     m = (program // (parts * (groups // by_offset))) * POSITIONS
     m += tl.arange(0, POSITIONS)
     real = m < batch * positions
-    n, p, o0, o1, o2 = strips(m, positions, O1, O2, RANK, 8 if POSITIONS > 32 else 4)
+    n, p, o0, o1, o2 = strips(m, positions, O1, O2, RANK)
     channel = h * width + i
     used = real[:, None] & (i < width)[None, :]
     total = tl.zeros((POSITIONS, ROWS), SUM)
@@ -372,7 +368,7 @@ def backward(
     h = program % offset_groups
     m = program // offset_groups * POSITIONS + tl.arange(0, POSITIONS)
     real = m < batch * positions
-    n, p, o0, o1, o2 = strips(m, positions, O1, O2, RANK, 8 if POSITIONS > 32 else 4)
+    n, p, o0, o1, o2 = strips(m, positions, O1, O2, RANK)
     slopes = grad + (n * ON + p * OP)[:, None]
     for k in range(TAPS):
         tap = h * TAPS + k
@@ -491,11 +487,6 @@ def by_weight_depthwise(
 
 
 # Launches --------------------------------------------------------------------------------------
-
-
-def summed(tensor: Tensor) -> torch.dtype:
-    """In which sums of its numbers are kept."""
-    return torch.float64 if tensor.dtype == torch.float64 else torch.float32
 
 
 def near(segment: int, input: Tensor) -> int:

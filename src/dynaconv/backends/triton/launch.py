@@ -150,6 +150,11 @@ def cdiv(number: int, part: int) -> int:
     return -(-number // part)
 
 
+def power_of_two(number: int) -> int:
+    """The least that is not below the number: triton.next_power_of_2 without its wrapper."""
+    return 1 << (int(number) - 1).bit_length()
+
+
 def three(values: Sequence[Any], fill: Any) -> list[Any]:
     """Values of up to three dimensions as three, `fill` before them."""
     return [fill] * (3 - len(values)) + list(values)
@@ -189,7 +194,7 @@ def laid(tensor: Tensor, padding: Sequence[int]) -> Tensor:
 
 def tile_of(rows: int, length: int, numbers: int = 4096) -> tuple[int, int]:
     """The sides of a tile of a matrix: powers of two, 64 or what a short side leaves over."""
-    short = lambda n: 64 if n >= 64 else 1 << (int(n) - 1).bit_length()
+    short = lambda n: 64 if n >= 64 else power_of_two(n)
     tall, broad = short(rows), short(length)
     while tall * broad < numbers and rows >= 2 * tall:
         tall *= 2
@@ -246,6 +251,11 @@ def precision(tensor: Tensor) -> str:
     """Of products of float32: tf32 where torch's own convolutions may use it."""
     allowed = torch.backends.cudnn.conv.fp32_precision == "tf32"  # type: ignore[attr-defined]
     return "tf32" if allowed and tensor.dtype == torch.float32 else "ieee"
+
+
+def summed(tensor: Tensor) -> torch.dtype:
+    """In which sums of its numbers are kept."""
+    return torch.float64 if tensor.dtype == torch.float64 else torch.float32
 
 
 def far(*tensors: Tensor | None) -> bool:
@@ -312,3 +322,13 @@ def within(index, length, EVEN: tl.constexpr, SIZE: tl.constexpr):
     if EVEN % SIZE == 0:
         return tl.full(index.shape, True, tl.int1)
     return index < length
+
+
+@triton.jit
+def index_of(x0, x1, x2, L1, L2, RANK: tl.constexpr):
+    """Of a position in the grid, flattened."""
+    if RANK == 1:
+        return x2
+    if RANK == 2:
+        return x1 * L2 + x2
+    return (x0 * L1 + x1) * L2 + x2
