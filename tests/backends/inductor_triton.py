@@ -64,8 +64,9 @@ def pretend():
 
 
 def symbols(shapes, environment):
-    """The shapes, a symbol for each size from 5 on but channels."""
+    """The shapes, the input's first, with a symbol for each size of batch and positions."""
     made = {}
+    batch, _, *size = shapes[0]
 
     def symbol(size):
         if size not in made:
@@ -74,7 +75,7 @@ def symbols(shapes, environment):
             made[size] = environment.create_symintnode(kind, hint=size, source=source)
         return made[size]
 
-    return [[symbol(n) if n in (7, 9, 17, 19) else n for n in shape] for shape in shapes]
+    return [[symbol(n) if n in (batch, *size) else n for n in shape] for shape in shapes]
 
 
 def program(name, dynamic):

@@ -15,16 +15,17 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from triton.backends.compiler import GPUTarget
 
 SETTINGS = [[1, 1], [1, 1], [1, 1]]
+# No other size is that of the batch or of a dimension: these can so be told apart.
 CALLS = {
-    "conv_per_position": ([(2, 8, 7, 9), (2, 2, 3, 3, 7, 9)], SETTINGS),
-    "conv_per_sample": ([(2, 8, 7, 9), (2, 6, 8, 3, 3), (2, 6)], [*SETTINGS, 1]),
+    "conv_per_position": ([(11, 8, 7, 10), (11, 2, 3, 3, 7, 10)], SETTINGS),
+    "conv_per_sample": ([(11, 8, 7, 10), (11, 6, 8, 3, 3), (11, 6)], [*SETTINGS, 1]),
     "conv_per_sample of large kernels": (
-        [(2, 18, 3, 4), (2, 16, 18, 3, 3), (2, 16)],
+        [(11, 20, 4, 5), (11, 28, 20, 3, 3), (11, 28)],
         [*SETTINGS, 1],
     ),
-    "conv_mixture": ([(2, 8, 17, 19), (4, 6, 8, 3, 3), (2, 4), (2, 6)], [*SETTINGS, 1]),
+    "conv_mixture": ([(11, 8, 17, 19), (4, 6, 8, 3, 3), (11, 4), (11, 6)], [*SETTINGS, 1]),
     "deform_conv": (
-        [(2, 8, 7, 9), (2, 18, 7, 9), (6, 8, 3, 3), (6,), (2, 9, 7, 9)],
+        [(11, 8, 7, 10), (11, 18, 7, 10), (6, 8, 3, 3), (6,), (11, 9, 7, 10)],
         [*SETTINGS, 1],
     ),
 }
