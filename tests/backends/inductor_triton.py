@@ -26,12 +26,11 @@ from torch._subclasses import fake_tensor
 from torch._subclasses.functional_tensor import dispatch_functionalize
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv
-from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from tests.backends.trace_triton import CALLS, both
+from tests.backends import trace_triton
+from tests.backends.trace_triton import CALLS, TARGET, both
 
-TARGET = GPUTarget("cuda", 90, 32)
 # What inductor asks of a GPU: an H200's.
 PROPERTIES = SimpleNamespace(
     name="none", major=9, minor=0, multi_processor_count=132, total_memory=140 << 30, warp_size=32,
@@ -43,9 +42,7 @@ PROPERTIES = SimpleNamespace(
 
 def pretend():
     """Answers where torch and Triton ask for a GPU."""
-    triton.runtime.driver.set_active(
-        SimpleNamespace(get_current_target=lambda: TARGET, get_current_device=lambda: 0)
-    )
+    trace_triton.pretend()
     answers = {
         "is_available": True, "is_initialized": True, "device_count": 1, "current_device": 0,
         "_get_device_properties": PROPERTIES, "_lazy_init": None,

@@ -14,6 +14,7 @@ from torch._subclasses.functional_tensor import dispatch_functionalize
 from torch.fx.experimental.proxy_tensor import make_fx
 from triton.backends.compiler import GPUTarget
 
+TARGET = GPUTarget("cuda", 90, 32)
 SETTINGS = [[1, 1], [1, 1], [1, 1]]
 # No other size is that of the batch or of a dimension: these can so be told apart.
 CALLS = {
@@ -31,6 +32,13 @@ CALLS = {
 }
 
 
+def pretend():
+    """Answers where Triton asks for a GPU."""
+    triton.runtime.driver.set_active(
+        SimpleNamespace(get_current_target=lambda: TARGET, get_current_device=lambda: 0)
+    )
+
+
 def both(operator, settings):
     """A function of the output's gradient and all tensors: all gradients, and the output."""
 
@@ -42,9 +50,7 @@ def both(operator, settings):
 
 
 def main():
-    # What the analysis of a kernel's arguments asks; there need not be a GPU.
-    target = GPUTarget("cuda", 90, 32)
-    triton.runtime.driver.set_active(SimpleNamespace(get_current_target=lambda: target))
+    pretend()
     for name, (shapes, settings) in CALLS.items():
         tensors = [torch.randn(shape) for shape in shapes]
         operator = import_module(f"dynaconv.backends.triton.{name.split()[0]}").operator

@@ -58,6 +58,7 @@ def mix(
     SAMPLES: tl.constexpr,
 ):  # fmt: skip
     """out[n, m] = sum_e coefficients[n, e] weight[e, m]."""
+    SUM: tl.constexpr = tl.float64 if DOUBLE else tl.float32
     program = wide(tl.program_id(0), FAR)
     blocks = tl.cdiv(batch, SAMPLES)
     n = program % blocks * SAMPLES + tl.arange(0, SAMPLES)
@@ -67,9 +68,7 @@ def mix(
     a = tl.load(coefficients + n[:, None] * CN + e[None, :] * CE, mask=used, other=0)
     used = (e < experts)[:, None] & (m < length)[None, :]
     w = tl.load(weight + e[:, None] * length + m[None, :], mask=used, other=0)
-    total = tl.dot(
-        a, w, input_precision="ieee", out_dtype=tl.float64 if DOUBLE else tl.float32
-    )  # fmt: skip
+    total = tl.dot(a, w, input_precision="ieee", out_dtype=SUM)
     used = (n < batch)[:, None] & (m < length)[None, :]
     tl.store(out + n[:, None] * length + m[None, :], total.to(out.dtype.element_ty), mask=used)
 

@@ -657,8 +657,8 @@ def _backward(
         if gx.numel() and as_they_lie and weight.numel() >= FOLDED * columns:
             input_gradient_flat(gx, slopes, weight, geometry, settings[3])
         elif gx.numel():
-            rest = (None, None, sizes, geometry, settings[3])
-            convolve(gx, slopes, channels_last(weight), *rest, back=True)
+            kernels = channels_last(weight)
+            convolve(gx, slopes, kernels, None, None, sizes, geometry, settings[3], back=True)
     if mask[1] and as_they_lie:
         gw = torch.empty_like(weight, memory_format=torch.contiguous_format)
         kernel_gradient_flat(gw, slopes, input, geometry, settings[3])

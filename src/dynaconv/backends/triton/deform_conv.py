@@ -315,7 +315,6 @@ def forward_depthwise(
     real = m < batch * positions
     n, p, o0, o1, o2 = strips(m, positions, O1, O2, RANK)
     channel = h * width + i
-    used = real[:, None] & (i < width)[None, :]
     total = tl.zeros((POSITIONS, ROWS), SUM)
     for k in range(TAPS):
         tap = h * TAPS + k
@@ -334,6 +333,7 @@ def forward_depthwise(
         add = tl.load(bias + channel, mask=i < width, other=0)
         total += add.to(SUM)[None, :]
     target = out + (n * ON + p * OP)[:, None] + channel[None, :] * OC
+    used = real[:, None] & (i < width)[None, :]
     tl.store(target, total.to(out.dtype.element_ty), mask=used)
 
 
@@ -564,7 +564,6 @@ def _forward(
         return output
     sizes = sizes_of(input, output)
     call = Call(output.flatten(2), sizes, input, offset, weight, modulation, settings)
-
     segment = call.segment if call.depthwise else near(call.segment, input)
 
     def grid(tile: dict[str, int]) -> tuple[int]:
